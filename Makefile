@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: they make .venv and install into it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-full lint types format bench
+.DELETE_ON_ERROR:
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sdxl-ref needs Python 3.10 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m sdxl_ref.demo
+
+test: .venv/installed-dev lint types
+	$(BIN)/pytest
+
+# Full-size networks on a generated checkpoint: 20 GB of memory, 7 GB of disk under FULL_DIR.
+test-full: .venv/installed-dev
+	$(BIN)/pytest -m full -s tests/full
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/bench.py

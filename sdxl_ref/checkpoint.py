@@ -1,0 +1,224 @@
+"""Open a checkpoint in the official layout, tell what it is, and load its parts strictly.
+
+A file is opened by its header alone; tensors are mapped from it, and cast one by one, so that memory holds one copy
+of the weights in the wanted dtype. Only safetensors is opened, never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
+from sdxl_ref.networks.openclip_g import LOGIT_SCALE, OpenCLIPTextEncoder
+from sdxl_ref.networks.unet import UNet
+from sdxl_ref.networks.vae import AutoencoderKL
+
+CONFIG_KEY = "sdxl_ref.config"  # where a file's metadata carries the configuration of a small model
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+EXTRAS = re.compile(  # what official files may carry besides the weights, and no network of ours reads
+    r"denoiser\.sigmas|conditioner\.embedders\.\d+\.(model\.attn_mask|"
+    r"transformer\.text_model\.embeddings\.position_ids)|model_ema\..*"
+)
+KNOWN_FILES = {  # sha256 -> the file and its VAE; the 0.9 VAE stands in files of its own
+    "7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f": ("sd_xl_refiner_1.0", "1.0"),
+    "8d0ce6c016004cbdacd50f937dad381d8c396628d621a7f97191470532780164": ("sd_xl_refiner_1.0_0.9vae", "0.9"),
+    "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b": ("sd_xl_base_1.0", "1.0"),
+    "e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff": ("sd_xl_base_1.0_0.9vae", "0.9"),
+}
+
+
+def prefixes(config: ModelConfig) -> dict[str, str]:
+    """The official key prefix of each part, under the part's name in a pipeline."""
+    parts = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+    if config.kind == "base":
+        parts["text_encoder"] = "conditioner.embedders.0.transformer."
+    parts["text_encoder_2"] = f"conditioner.embedders.{len(config.text_encoders) - 1}.model."
+    return parts
+
+
+def build(part: str, config: ModelConfig) -> nn.Module:
+    """The network of a part, freshly initialised."""
+    if part == "unet":
+        return UNet(config.unet)
+    if part == "vae":
+        return AutoencoderKL(config.vae)
+    if part == "text_encoder":
+        from sdxl_ref.networks.clip_l import CLIPTextEncoder  # a refiner has none
+
+        return CLIPTextEncoder(config.text_encoders[0])
+    return OpenCLIPTextEncoder(config.text_encoders[-1])
+
+
+class _Empty(TorchFunctionMode):
+    """On the meta device, with no initial values: drawing these there would import sympy, at 2 seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "fill_", "zero_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def build_empty(part: str, config: ModelConfig) -> nn.Module:
+    """The network of a part on the meta device: names and shapes, no memory."""
+    with torch.device("meta"), _Empty():
+        return build(part, config)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file whose keys and shapes have been found to be those of `config`. `note` says what had to be assumed."""
+
+    path: Path
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]  # safetensors' names: F16, BF16, F32, …
+    metadata: Mapping[str, str]
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the file is, in words."""
+        for config, name in ((REFINER_1_0, "SD-XL 1.0 refiner"), (BASE_1_0, "SD-XL 1.0 base")):
+            if self.config == config:
+                return f"{name} (by its keys and shapes)"
+        return f"SDXL-like {self.config.kind}"
+
+    def load(self, part: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+        """One part (a key of `prefixes`), for inference: in eval mode, without gradients."""
+        network, prefix = build_empty(part, self.config), prefixes(self.config)[part]
+        state = {}
+        with safe_open(self.path, framework="pt") as file:
+            for key in network.state_dict():
+                if prefix + key in self.shapes:
+                    state[key] = file.get_tensor(prefix + key).to(device=device, dtype=dtype)
+                else:  # the one optional key, see `_check`
+                    state[key] = torch.tensor(LOGIT_SCALE, device=device, dtype=dtype)
+        network.load_state_dict(state, strict=True, assign=True)
+        return network.eval().requires_grad_(False)
+
+    def tensor_hash(self, part: str) -> str:
+        """sha256 over the bytes of one part's tensors in the order of their names: tells one VAE from another."""
+        digest, prefix = hashlib.sha256(), prefixes(self.config)[part]
+        with safe_open(self.path, framework="pt") as file:
+            for key in sorted(key for key in self.shapes if key.startswith(prefix)):
+                digest.update(file.get_tensor(key).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def sha256(self) -> str:
+        """Of the whole file, which is read once, in blocks."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a safetensors file in the official layout, or a folder that holds just one.
+
+    InputError says what was expected and found: no such file, a pickle, no safetensors, another model's keys, a
+    missing, unexpected or misshapen tensor.
+    """
+    path = _file(Path(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
+            dtypes = {key: str(each.get_dtype()) for key, each in slices.items()}
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"expected a whole safetensors file, could not read {path}: {error}") from error
+    config, note = identify(shapes, metadata, path)
+    _check(config, shapes, path)
+    return Checkpoint(path, config, shapes, dtypes, metadata, note)
+
+
+def save_checkpoint(path: Path, config: ModelConfig, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+    """Write networks as one file in the official layout, its configuration in the metadata.
+
+    Written beside the target and then renamed: an older file stays whole until the new one is.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for part, prefix in prefixes(config).items():
+        state |= {prefix + key: t.to(dtype).contiguous() for key, t in parts[part].state_dict().items()}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(state, beside, {"format": "pt", CONFIG_KEY: config.to_json()})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _file(path: Path) -> Path:
+    if path.suffix.lower() in PICKLES:
+        raise InputError(
+            f"{path} is a pickle, which can run any code when opened: expected a safetensors file; if you trust it, "
+            "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], OUT)"
+        )
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(each.name for each in found) or "none"
+            raise InputError(
+                f"expected one .safetensors file in the folder {path}, found {names}: name the file itself"
+            )
+        return found[0]
+    if not path.is_file():
+        raise InputError(f"no such checkpoint: {path}")
+    return path
+
+
+def identify(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], path: Path) -> tuple[ModelConfig, str]:
+    """The configuration that a file carries, or else that its shapes tell, with a note on what was assumed."""
+    if CONFIG_KEY in metadata:
+        return ModelConfig.from_json(metadata[CONFIG_KEY]), ""
+    first, label = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"
+    if first not in shapes or label not in shapes:
+        found = ", ".join(sorted({key.split(".")[0] for key in shapes})[:6]) or "no tensors"
+        raise InputError(
+            f"{path} is no SDXL checkpoint in the official layout: expected {label}, found keys of {found}"
+        )
+    for config in (REFINER_1_0, BASE_1_0):
+        width = config.unet.model_channels
+        if shapes[first][0] == width and shapes[label] == (4 * width, config.unet.adm_in_channels):
+            return config, ""
+    from sdxl_ref.identify import config_from_shapes
+
+    config = config_from_shapes(shapes)
+    return config, f"no {CONFIG_KEY} in the metadata: sizes read from the shapes, 64 channels a head assumed"
+
+
+def _check(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Every key of every part there, in its shape, and nothing else but known extras; `logit_scale` may be missing."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for part, prefix in prefixes(config).items():
+        state = build_empty(part, config).state_dict()
+        expected |= {prefix + key: tuple(tensor.shape) for key, tensor in state.items()}
+    missing = [k for k in expected if k not in shapes and not k.endswith(".logit_scale")]
+    unexpected = [k for k in shapes if k not in expected and not EXTRAS.fullmatch(k)]
+    both = [k for k in expected if k in shapes and shapes[k] != expected[k]]
+    misshapen = [f"{k} (expected {_x(expected[k])}, found {_x(shapes[k])})" for k in both]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {name}: {_some(keys)}" for name, keys in problems.items() if keys)
+        raise InputError(f"{path} looks like an SDXL {config.kind}, but its tensors do not fit: {found}")
+
+
+def _x(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")

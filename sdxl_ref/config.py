@@ -1,0 +1,160 @@
+"""Sizes of SDXL's networks as frozen dataclasses, and the one error type for bad input.
+
+The field names are those of the official configuration files (Stability-AI/generative-models,
+`configs/inference/sd_xl_refiner.yaml` and `sd_xl_base.yaml`). This module imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+class InputError(ValueError):
+    """Bad input from the user: the message says what was expected, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoising UNet. Channels are multiples of 32 (GroupNorm has 32 groups everywhere)."""
+
+    in_channels: int
+    out_channels: int
+    model_channels: int  # width of the first level
+    num_res_blocks: int  # per level on the way down; one more on the way up
+    channel_mult: tuple[int, ...]  # width of each level, in units of model_channels
+    attention_resolutions: tuple[int, ...]  # downsampling factors of the levels that have attention
+    num_head_channels: int
+    transformer_depth: int | tuple[int, ...]  # transformer blocks per attention: one number, or one per level
+    context_dim: int  # width of the text context
+    adm_in_channels: int  # width of the vector `y`
+
+    def __post_init__(self) -> None:
+        if self.model_channels % 32:
+            raise InputError(f"model_channels must be a multiple of 32, found {self.model_channels}")
+        if len(self.depths) != len(self.channel_mult):
+            raise InputError(
+                f"transformer_depth must be one number or one per level of channel_mult ({len(self.channel_mult)}), "
+                f"found {self.transformer_depth}"
+            )
+        widths = [self.model_channels * m for level, m in enumerate(self.channel_mult) if self.has_attention(level)]
+        widths.append(self.model_channels * self.channel_mult[-1])  # the middle block always has attention
+        if any(width % self.num_head_channels for width in widths):
+            raise InputError(f"num_head_channels {self.num_head_channels} must divide the attention widths {widths}")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer blocks per attention, one number per level; the last one is the middle block's too."""
+        depth = self.transformer_depth
+        return (depth,) * len(self.channel_mult) if isinstance(depth, int) else tuple(depth)
+
+    def has_attention(self, level: int) -> bool:
+        return 2**level in self.attention_resolutions
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """A CLIP text tower; `embed_dim` is the width of the pooled vector."""
+
+    width: int
+    heads: int
+    layers: int
+    embed_dim: int
+    activation: str = "gelu"  # or "quick_gelu"
+    vocab_size: int = 49408
+    context_length: int = 77
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder; latents are multiplied by `scale_factor` after encoding (by the pipelines, not inside)."""
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 4
+    embed_dim: int = 4
+    in_channels: int = 3
+    out_ch: int = 3
+    scale_factor: float = 0.13025
+
+    def __post_init__(self) -> None:
+        if self.ch % 32:
+            raise InputError(f"ch must be a multiple of 32, found {self.ch}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything in one checkpoint. `text_encoders` stand in the order of `conditioner.embedders.N`.
+
+    One text encoder (OpenCLIP) makes a refiner; two (CLIP-L, then OpenCLIP) make a base.
+    """
+
+    unet: UNetConfig
+    text_encoders: tuple[TextEncoderConfig, ...]
+    vae: VAEConfig
+
+    @property
+    def kind(self) -> str:
+        return "refiner" if len(self.text_encoders) == 1 else "base"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> ModelConfig:
+        """The inverse of `to_json`; raises `InputError` where the text is no such configuration."""
+        try:
+            raw = json.loads(text)
+            encoders = tuple(TextEncoderConfig(**_tuples(each)) for each in raw["text_encoders"])
+            return ModelConfig(UNetConfig(**_tuples(raw["unet"])), encoders, VAEConfig(**_tuples(raw["vae"])))
+        except InputError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"expected a model configuration written by sdxl_ref, found {text[:60]!r} ({error})"
+            ) from error
+
+
+def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+
+
+CLIP_L = TextEncoderConfig(width=768, heads=12, layers=12, embed_dim=768, activation="quick_gelu")
+OPENCLIP_BIGG = TextEncoderConfig(width=1280, heads=20, layers=32, embed_dim=1280)
+
+REFINER_1_0 = ModelConfig(
+    unet=UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        model_channels=384,
+        num_res_blocks=2,
+        channel_mult=(1, 2, 4, 4),
+        attention_resolutions=(4, 2),
+        num_head_channels=64,
+        transformer_depth=4,
+        context_dim=1280,
+        adm_in_channels=2560,  # 1280 pooled + 5 numbers x 256
+    ),
+    text_encoders=(OPENCLIP_BIGG,),
+    vae=VAEConfig(),
+)
+
+BASE_1_0 = ModelConfig(
+    unet=UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        num_res_blocks=2,
+        channel_mult=(1, 2, 4),
+        attention_resolutions=(4, 2),
+        num_head_channels=64,
+        transformer_depth=(1, 2, 10),
+        context_dim=2048,  # 768 of CLIP-L + 1280 of bigG
+        adm_in_channels=2816,  # 1280 pooled + 6 numbers x 256
+    ),
+    text_encoders=(CLIP_L, OPENCLIP_BIGG),
+    vae=VAEConfig(),
+)

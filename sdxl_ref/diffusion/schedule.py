@@ -1,0 +1,172 @@
+"""Noise levels: the training schedule, the grids that samplers step along, and the rules that cut them.
+
+Everything is in sigma space: x = x0 + sigma * noise, with sigma = sqrt((1 - abar) / abar) for the training step t
+(Karras et al. 2022, arXiv:2206.00364). SDXL's betas are linear in the square root, 0.00085 to 0.012 over 1000 steps
+(`LegacyDDPMDiscretization` in sgm/modules/diffusionmodules/discretizer.py).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sdxl_ref.config import InputError
+
+TRAIN_STEPS = 1000
+SPACINGS = ("leading", "trailing", "linspace", "sgm")
+
+
+class NoiseSchedule:
+    """The noise level of every training step; `.sigmas` (1000,) float32, ascending, computed in float64."""
+
+    def __init__(self) -> None:
+        betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), TRAIN_STEPS) ** 2
+        alphas_cumprod = np.cumprod(1.0 - betas)
+        self.table: NDArray[np.float64] = np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
+        self.sigmas = torch.from_numpy(self.table).float()
+
+    def timesteps(self, steps: int, spacing: str = "leading") -> NDArray[Any]:
+        """The training steps (steps,) that a grid visits, descending; fractional for "linspace".
+
+        "leading", "trailing" and "linspace" are diffusers' (Lin et al. 2023, arXiv:2305.08891, table 2), "leading"
+        with SDXL's `steps_offset` 1; "sgm" is the official code's. InputError for unknown spacings and for steps
+        outside 1..1000, or for a grid that would visit one level twice; a warning where a grid starts far below pure
+        noise.
+        """
+        if not (isinstance(steps, int) and 1 <= steps <= TRAIN_STEPS):
+            raise InputError(f"the number of steps must be a whole number from 1 to {TRAIN_STEPS}, found {steps!r}")
+        i = np.arange(steps)
+        t: NDArray[Any]
+        if spacing == "leading":
+            t = i[::-1] * (TRAIN_STEPS // steps) + 1.0
+        elif spacing == "trailing":
+            t = (TRAIN_STEPS - i * (TRAIN_STEPS / steps)).round() - 1.0
+        elif spacing == "linspace":
+            t = np.linspace(0.0, TRAIN_STEPS - 1.0, steps)[::-1]
+        elif spacing == "sgm":
+            t = np.linspace(TRAIN_STEPS - 1, 0, steps, endpoint=False).astype(int).astype(float)
+            t = t if steps < TRAIN_STEPS else np.arange(TRAIN_STEPS - 1.0, -1.0, -1.0)
+        else:
+            raise InputError(f"unknown spacing {spacing!r}: expected one of {', '.join(SPACINGS)}")
+        if t[0] > TRAIN_STEPS - 1:
+            raise InputError(f'"leading" with {steps} steps leaves the {TRAIN_STEPS} training steps: use "trailing"')
+        if t[0] < 0.65 * TRAIN_STEPS:
+            warnings.warn(f'"{spacing}" with {steps} steps starts at t = {t[0]:g}, far below pure noise', stacklevel=3)
+        return t
+
+    def grid(self, steps: int, spacing: str = "leading", karras: bool = False) -> Grid:
+        """The levels that a run steps along, each with its training step. See `timesteps` and `discretize`."""
+        t = self.timesteps(steps, spacing)
+        sigmas = np.interp(t, np.arange(TRAIN_STEPS), self.table)
+        if karras:
+            sigmas = karras_sigmas(steps, sigmas[-1], sigmas[0])
+        inverse = self.nearest_timestep if spacing == "sgm" else self.timestep
+        levels = torch.from_numpy(np.append(sigmas, 0.0)).float()
+        exact = [inverse(s) for s in levels[:-1].tolist()] if karras else t.tolist()
+        return Grid(levels, tuple(exact), inverse)
+
+    def discretize(self, steps: int, spacing: str = "leading", karras: bool = False) -> Tensor:
+        """Noise levels (steps+1,) float32, descending, the last one 0.
+
+        karras: rho = 7 between the first and the last level of the spacing (Karras et al. 2022, equation 5).
+        """
+        return self.grid(steps, spacing, karras).sigmas
+
+    def timestep(self, sigma: float) -> float:
+        """The training step of a noise level, continuous: linear in log sigma between the steps, ends clamped.
+
+        The rule of diffusers for Karras sigmas (`_sigma_to_t`).
+        """
+        return float(np.interp(math.log(sigma), np.log(self.table), np.arange(TRAIN_STEPS)))
+
+    def nearest_timestep(self, sigma: float) -> float:
+        """The training step of the nearest level, as the official code quantises (`DiscreteDenoiser`)."""
+        return float(np.abs(self.table - sigma).argmin())
+
+    def initial_scale(self, sigmas: Tensor, spacing: str) -> float:
+        """What unit noise is multiplied by at the start of text-to-image.
+
+        sqrt(1 + sigma^2) for "leading" and "sgm"; sigma for "trailing" and "linspace", as diffusers' Euler does.
+        """
+        first = float(sigmas[0])
+        return first if spacing in ("trailing", "linspace") else math.sqrt(1.0 + first**2)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Descending levels `sigmas` (n+1,), the last one 0 or where the run stops, and the training step of each of the
+    first n. A level on the grid keeps its exact pair; any other goes through `inverse`."""
+
+    sigmas: Tensor
+    timesteps: tuple[float, ...]
+    inverse: Callable[[float], float]
+
+    def timestep(self, sigma: float) -> float:
+        for level, t in zip(self.sigmas.tolist(), self.timesteps, strict=False):
+            if level == sigma:
+                return t
+        return self.inverse(sigma)
+
+    def cut(self, start: int, stop: int | None = None) -> Grid:
+        """The steps from number `start` up to, not including, number `stop`."""
+        stop = len(self.timesteps) if stop is None else stop
+        return Grid(self.sigmas[start : stop + 1], self.timesteps[start:stop], self.inverse)
+
+    def steps_above(self, share: float) -> int:
+        """How many steps have t >= 1000 * (1 - share): those before the hand-off at `share` (0.8: t >= 200)."""
+        cutoff = round(TRAIN_STEPS * (1 - Fraction(str(share))))
+        return sum(t >= cutoff for t in self.timesteps)
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> NDArray[np.float64]:
+    """Levels (steps,) from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho)."""
+    ramp = np.linspace(0.0, 1.0, steps)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return np.asarray((high + ramp * (low - high)) ** rho)
+
+
+def strength_steps(steps: int, strength: float) -> int:
+    """How many of `steps` an image-to-image run does: floor(steps * strength), exactly (50 * 0.58 is 29).
+
+    The rule of diffusers, without its rounding error. InputError outside (0, 1], or where no step is left.
+    """
+    share = _strength(strength)
+    if (run := math.floor(steps * share)) < 1:
+        raise InputError(
+            f"strength {strength} of {steps} steps runs 0 steps: the smallest strength is {_ceil(1, steps)}"
+        )
+    return run
+
+
+def strength_steps_sgm(steps: int, strength: float) -> int:
+    """The official code's rule (`Img2ImgDiscretizationWrapper`): it counts the trailing zero as a level.
+
+    10 steps at 0.4 run 3, where `strength_steps` runs 4. InputError as there.
+    """
+    if (run := math.floor((steps + 1) * _strength(strength)) - 1) < 1:
+        smallest = _ceil(2, steps + 1)
+        raise InputError(f"strength {strength} of {steps} steps runs 0 steps: the smallest strength is {smallest}")
+    return run
+
+
+STRENGTH_RULES = {"exact": strength_steps, "sgm": strength_steps_sgm}
+
+
+def _ceil(part: int, whole: int) -> float:
+    """part / whole, rounded up at the fourth decimal."""
+    return math.ceil(Fraction(part, whole) * 10_000) / 10_000
+
+
+def _strength(strength: float) -> Fraction:
+    if not 0 < strength <= 1:
+        raise InputError(f"strength must be above 0 and at most 1, found {strength}")
+    return Fraction(str(strength))

@@ -1,0 +1,62 @@
+"""`sdxl-ref info`: what a checkpoint is, from its header; with a check, from one pass over the whole file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sdxl_ref.checkpoint import CONFIG_KEY, EXTRAS, KNOWN_FILES, Checkpoint, open_checkpoint, prefixes
+from sdxl_ref.config import InputError
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def report(path: Path, check: bool) -> Iterator[str]:
+    """The lines to print. With `check`, InputError where a tensor holds NaN or infinity, with its name."""
+    checkpoint = open_checkpoint(path)
+    yield f"{checkpoint.path}: {checkpoint.name}"
+    if checkpoint.note:
+        yield f"note: {checkpoint.note}"
+    for part, prefix in prefixes(checkpoint.config).items():
+        keys = [key for key in checkpoint.shapes if key.startswith(prefix) and not EXTRAS.fullmatch(key)]
+        dtypes = ", ".join(sorted({checkpoint.dtypes[key] for key in keys}))
+        parameters = sum(math.prod(checkpoint.shapes[key]) for key in keys)
+        yield f"{part:<15} {len(keys):>5} tensors {parameters:>13,} parameters  {dtypes}"
+    extras = [key for key in checkpoint.shapes if EXTRAS.fullmatch(key)]
+    yield f"extras: {', '.join(extras) or 'none'}"
+    for key, value in checkpoint.metadata.items():
+        if key != CONFIG_KEY:
+            yield f"{key}: {value[:100]}"
+    name = "unknown (--check compares the file with the official ones)"
+    if check:
+        digest = scan(checkpoint)
+        known, name = KNOWN_FILES.get(digest, ("not an official file", "unknown"))
+        yield f"sha256: {digest} ({known})"
+        yield "finite: every value of every tensor"
+    yield f"VAE: {name}, tensors sha256 {checkpoint.tensor_hash('vae')}"
+
+
+def scan(checkpoint: Checkpoint) -> str:
+    """Read the file once, front to back: its sha256. InputError names tensors with values that are not finite."""
+    digest, bad = hashlib.sha256(), []
+    with checkpoint.path.open("rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+        digest.update(start + header)
+        tensors = {key: each for key, each in json.loads(header).items() if key != "__metadata__"}
+        for key, each in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = each["data_offsets"]
+            data = bytearray(file.read(end - begin))
+            digest.update(data)
+            if each["dtype"] in FLOATS and data:
+                values = torch.frombuffer(data, dtype=FLOATS[each["dtype"]])
+                if not torch.isfinite(values).all():
+                    bad.append(key)
+    if bad:
+        raise InputError(f"{checkpoint.path}: {len(bad)} tensors hold NaN or infinite values: {', '.join(bad[:5])}")
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""What two or more of the networks share.
+
+Shapes: b batch, n tokens, d width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of gelu that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}  # gelu: exact (erf)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head scaled dot-product attention: q (b,n,d), k and v (b,m,d) -> (b,n,d); scale 1/sqrt(d/heads)."""
+    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b h n d -> b n (h d)")
+
+
+def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Embed numbers (n,) as (n, dim): cosines first, then sines, always computed in float32.
+
+    Frequencies fall geometrically from 1 to 1/max_period. Source: `timestep_embedding` in the official
+    sgm/modules/diffusionmodules/util.py. The order of operations below is the official one, so that the float32
+    result is the same to the bit.
+    """
+    half = dim // 2
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values[:, None].float() * torch.exp(exponent)[None]  # (n, dim/2)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (n, dim)
+
+
+class Filler(nn.Identity):
+    """Holds an index of the official module list where a layer without weights (dropout) stood."""

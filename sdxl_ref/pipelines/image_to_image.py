@@ -1,0 +1,118 @@
+"""Image to image: noise a picture up to a level and denoise it from there (SDEdit, Meng et al. 2021,
+arXiv:2108.01073), or go on from a noisy latent that another run left. The refiner's main job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.diffusion.samplers import SAMPLERS, Step
+from sdxl_ref.diffusion.schedule import STRENGTH_RULES, NoiseSchedule
+from sdxl_ref.images import fit, load_image, to_tensor
+from sdxl_ref.noise import draw_noise
+from sdxl_ref.pipelines.pipeline import Callback, Pipeline, PipelineOutput, Plan, Request, fresh_generators
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageToImageRequest(Request):
+    """`image` is one of: a PIL picture or several; pictures (b,3,H,W) in [-1,1]; latents (b,4,h,w), scaled by 0.13025.
+
+    Without `denoising_start` it is clean, and noised to the first level that `strength` leaves. With
+    `denoising_start` it is a noisy latent that stands at the first level already. `latents` stand in for the image
+    where they are noisy, at the first level of `strength`.
+    """
+
+    image: Image.Image | Sequence[Image.Image] | Tensor | None = None
+    strength: float | None = None  # None: 0.3
+    denoising_start: float | None = None  # share of the training steps that another network has done
+    denoising_end: float | None = None  # share after which this run stops
+    strength_rule: str = "exact"  # or "sgm", the official code's
+
+
+class ImageToImagePipeline(Pipeline):
+    """SDXL's refiner on a picture. Arguments have the names and meanings of the ecosystem's img2img pipeline."""
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        if config.kind != "refiner":
+            raise InputError(f"expected a refiner (one text encoder, aesthetic score), found an SDXL {config.kind}")
+
+    @staticmethod
+    def plan(request: ImageToImageRequest) -> Plan:
+        """Which steps will run. InputError where none would, or where the request contradicts itself."""
+        r, steps = request, request.num_inference_steps
+        for what, value, known in (
+            ("sampler", r.sampler, SAMPLERS),
+            ("strength rule", r.strength_rule, STRENGTH_RULES),
+        ):
+            if value not in known:
+                raise InputError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+        grid = NoiseSchedule().grid(steps, r.spacing, r.karras)
+        if r.denoising_start is None:
+            start = steps - STRENGTH_RULES[r.strength_rule](steps, 0.3 if r.strength is None else r.strength)
+        elif r.strength is None:
+            start = grid.steps_above(r.denoising_start)
+        else:
+            raise InputError("strength and denoising_start both say where to begin: give one of them")
+        stop = steps if r.denoising_end is None else grid.steps_above(r.denoising_end)
+        if start >= stop:
+            raise InputError(
+                f"0 of {steps} steps lie between denoising_start {r.denoising_start} and denoising_end "
+                f"{r.denoising_end}: use more steps, or a wider range"
+            )
+        return Plan(grid.cut(start, stop), steps)
+
+    @torch.no_grad()
+    def steps(self, request: ImageToImageRequest) -> Iterator[Step]:
+        """The algorithm: encode the picture, add noise, encode the prompt, denoise step by step."""
+        r, grid = request, self.plan(request).grid
+        image, clean = self._image(r)
+        prompts = 1 if isinstance(r.prompt, str) else len(r.prompt)
+        count = max(prompts, len(image)) * r.num_images_per_prompt
+        if count % len(image):
+            raise InputError(f"expected one image, or one for each of {prompts} prompts, found {len(image)}")
+        generator = fresh_generators(count) if r.generator is None else r.generator
+
+        copies = count // len(image)
+        if image.shape[1] == self.config.vae.embed_dim:
+            x = image.float().repeat_interleave(copies, 0)  # (b,4,h,w)
+        else:
+            x = self.encode_image(image, generator, copies)  # (n,3,H,W) -> (b,4,h,w)
+        if clean:  # to exactly the level that is denoised first
+            x = x + grid.sigmas[0].to(x) * draw_noise(x.shape, generator).to(x)
+        yield from self.denoise(r, grid, x, generator)
+
+    def _image(self, r: ImageToImageRequest) -> tuple[Tensor, bool]:
+        """The picture or latents of a request on the device, and whether they are clean. InputError for other kinds."""
+        if (r.image is None) == (r.latents is None):
+            raise InputError("give either image or latents (noisy, at the first level that runs)")
+        given = r.latents if r.image is None else r.image
+        clean = r.latents is None and r.denoising_start is None
+        if not isinstance(given, Tensor):
+            pictures = [given] if isinstance(given, Image.Image) else given
+            given = torch.cat([to_tensor(fit(load_image(each))) for each in pictures or []])
+        latent = given.ndim == 4 and given.shape[1] == self.config.vae.embed_dim
+        if not latent and (not clean or given.ndim != 4 or given.shape[1] != 3 or any(s % 8 for s in given.shape[2:])):
+            kinds = "latents (b,4,h,w)" + (" or pictures (b,3,H,W) with sides that are multiples of 8" if clean else "")
+            noisy = "" if clean else ", since denoising_start and latents go on from a noisy latent"
+            raise InputError(f"expected {kinds}{noisy}, found a tensor {tuple(given.shape)}")
+        return given.to(self.device), clean
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        **arguments: Any,
+    ) -> PipelineOutput:
+        """Run a request; `arguments` are the fields of `ImageToImageRequest`. See `Pipeline.finish` for the result."""
+        request = ImageToImageRequest(prompt=prompt, **arguments)
+        return self.finish(self.steps(request), output_type, callback_on_step_end)

@@ -1,0 +1,214 @@
+"""The peers of the parity tests, built live on our weights: diffusers, transformers and open_clip.
+
+Weights are seeded, never loaded. Names are translated by `sdxl_ref.layouts`, which the tests of that module check
+against the peers' own key lists.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdxl_ref import layouts
+from sdxl_ref.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
+from sdxl_ref.networks.unet import UNet
+from sdxl_ref.networks.vae import AutoencoderKL
+
+SMALL_REFINER = ModelConfig(
+    unet=UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        model_channels=32,
+        num_res_blocks=2,
+        channel_mult=(1, 2, 4, 4),
+        attention_resolutions=(4, 2),
+        num_head_channels=32,
+        transformer_depth=2,
+        context_dim=64,
+        adm_in_channels=48 + 5 * 256,
+    ),
+    text_encoders=(TextEncoderConfig(width=64, heads=4, layers=3, embed_dim=48),),
+    vae=VAEConfig(ch=32),
+)
+SMALL_BASE = replace(
+    SMALL_REFINER,
+    unet=replace(
+        SMALL_REFINER.unet,
+        channel_mult=(1, 2, 4),
+        transformer_depth=(1, 2, 3),
+        context_dim=32 + 64,
+        adm_in_channels=48 + 6 * 256,
+    ),
+    text_encoders=(
+        TextEncoderConfig(width=32, heads=2, layers=3, embed_dim=32, activation="quick_gelu"),
+        *SMALL_REFINER.text_encoders,
+    ),
+)
+
+
+def randomise(module: nn.Module, seed: int) -> nn.Module:
+    """Fill every parameter from one generator: matrices at 1/sqrt(fan-in), norms near 1, biases small."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+            if name.endswith("logit_scale"):
+                continue
+            if p.ndim >= 2 and "embedding" not in name:
+                fan_in = p.shape[0] if name == "text_projection" else math.prod(p.shape[1:])
+                p.copy_(noise / math.sqrt(fan_in))
+            elif p.ndim >= 2:
+                p.copy_(0.3 * noise)
+            else:
+                p.copy_(0.05 * noise + (1.0 if name.endswith("weight") else 0.0))
+    return module.eval().requires_grad_(False)
+
+
+def small_unet(config: UNetConfig = SMALL_REFINER.unet, seed: int = 0) -> UNet:
+    return randomise(UNet(config), seed)  # type: ignore[return-value]
+
+
+def small_vae(config: VAEConfig = SMALL_REFINER.vae, seed: int = 0) -> AutoencoderKL:
+    return randomise(AutoencoderKL(config), seed)  # type: ignore[return-value]
+
+
+def small_openclip(config: TextEncoderConfig = SMALL_REFINER.text_encoders[0], seed: int = 0) -> OpenCLIPTextEncoder:
+    return randomise(OpenCLIPTextEncoder(config), seed)  # type: ignore[return-value]
+
+
+def translate(part: layouts.Part, module: nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return layouts.to_other(layouts.rules(part, state, getattr(module, "config", None)), state)
+
+
+def load(peer: nn.Module, state: dict[str, Tensor]) -> Any:
+    """Load strictly and give the peer the state's dtype."""
+    peer.load_state_dict(state, strict=True, assign=True)
+    return peer.eval().requires_grad_(False)
+
+
+def diffusers_unet(unet: UNet) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return load(unet2d(unet.config, UNet2DConditionModel), translate("unet", unet))
+
+
+def unet2d(c: UNetConfig, cls: Any) -> Any:
+    levels = range(len(c.channel_mult))
+    widths = tuple(c.model_channels * m for m in c.channel_mult)
+    with torch.device("meta"):
+        return cls(
+            in_channels=c.in_channels,
+            out_channels=c.out_channels,
+            block_out_channels=widths,
+            layers_per_block=c.num_res_blocks,
+            down_block_types=tuple("CrossAttnDownBlock2D" if c.has_attention(i) else "DownBlock2D" for i in levels),
+            up_block_types=tuple("CrossAttnUpBlock2D" if c.has_attention(i) else "UpBlock2D" for i in reversed(levels)),
+            attention_head_dim=tuple(w // c.num_head_channels for w in widths),  # diffusers means the number of heads
+            transformer_layers_per_block=c.transformer_depth,
+            cross_attention_dim=c.context_dim,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=c.adm_in_channels,
+        )
+
+
+def call_diffusers_unet(peer: Any, x: Tensor, t: Tensor, context: Tensor, y: Tensor) -> Tensor:
+    """Our call on diffusers' UNet: `y` is handed in whole, in place of its own embedding of the size numbers."""
+    peer.get_aug_embed = lambda emb, encoder_hidden_states, added_cond_kwargs: peer.add_embedding(y)
+    return peer(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def diffusers_vae(vae: AutoencoderKL) -> Any:
+    from diffusers import AutoencoderKL as Peer
+
+    c = vae.config
+    levels = len(c.ch_mult)
+    with torch.device("meta"):
+        peer = Peer(
+            in_channels=c.in_channels,
+            out_channels=c.out_ch,
+            block_out_channels=tuple(c.ch * m for m in c.ch_mult),
+            layers_per_block=c.num_res_blocks,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            latent_channels=c.z_channels,
+            scaling_factor=c.scale_factor,
+            force_upcast=True,
+        )
+    return load(peer, translate("vae", vae))
+
+
+def transformers_openclip(encoder: OpenCLIPTextEncoder) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    c = encoder.config
+    config = CLIPTextConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        intermediate_size=4 * c.width,
+        projection_dim=c.embed_dim,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        hidden_act=c.activation,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=0,
+    )
+    peer = CLIPTextModelWithProjection(config)
+    state = {k: v.clone() for k, v in translate("openclip_g", encoder).items()}
+    return load(peer.to(next(iter(state.values())).dtype), state)
+
+
+def open_clip_text(encoder: OpenCLIPTextEncoder) -> Any:
+    """open_clip's own text tower, `attn_mask` and all; reads our names as they stand."""
+    from open_clip.transformer import TextTransformer
+
+    c = encoder.config
+    peer = TextTransformer(width=c.width, heads=c.heads, layers=c.layers, output_dim=c.embed_dim)
+    state = {k: v for k, v in encoder.state_dict().items() if k != "logit_scale"}
+    peer = peer.to(next(iter(state.values())).dtype)
+    return load(peer, state)
+
+
+def open_clip_outputs(peer: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The two outputs as the official code's `FrozenOpenCLIPEmbedder2` takes them: a hook on the last block's input."""
+    seen: list[Tensor] = []
+    hook = peer.transformer.resblocks[-1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["q"]), with_kwargs=True
+    )
+    pooled = peer(tokens)
+    hook.remove()
+    return seen[0], pooled
+
+
+def clip_tokenizer(folder: Path, pad: str) -> Any:
+    """transformers' CLIP tokenizer on open_clip's vocabulary; pad "!" (id 0) or "<|endoftext|>"."""
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    packed = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    vocab = [*letters, *(c + "</w>" for c in letters), *("".join(m.split()) for m in merges)]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({v: i for i, v in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    return CLIPTokenizer.from_pretrained(folder, pad_token=pad, model_max_length=77)
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Relative L2 distance, in float64."""
+    ours, theirs = ours.double(), theirs.double()
+    return float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs))
