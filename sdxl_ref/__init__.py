@@ -1,58 +1,30 @@
-"""sdxl-ref: Stable Diffusion XL's refiner and the system around it, from scratch, in plain PyTorch."""
+"""sdxl-ref: Stable Diffusion XL's refiner and the system around it, from scratch, in plain PyTorch.
 
-from __future__ import annotations
+A name is imported from its module when it is first used: `import sdxl_ref` is quick. `__init__.pyi` types them.
+"""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sdxl_ref.config import TextEncoderConfig, UNetConfig, VAEConfig
-    from sdxl_ref.diffusion.samplers import SAMPLERS
-    from sdxl_ref.diffusion.schedule import NoiseSchedule
-    from sdxl_ref.images import load_image
-    from sdxl_ref.networks.clip_l import CLIPTextEncoder
-    from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
-    from sdxl_ref.networks.unet import UNet
-    from sdxl_ref.networks.vae import AutoencoderKL
-    from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-    from sdxl_ref.tokenizer import tokenize
+from typing import Any
 
 __version__ = "0.1.0"
 
-# A name is imported when it is first used, so that `import sdxl_ref` costs nothing and a reader loads what he uses.
-_HOME = {
-    "UNet": "networks.unet",
-    "UNetConfig": "config",
-    "OpenCLIPTextEncoder": "networks.openclip_g",
-    "CLIPTextEncoder": "networks.clip_l",
-    "TextEncoderConfig": "config",
-    "AutoencoderKL": "networks.vae",
-    "VAEConfig": "config",
-    "tokenize": "tokenizer",
-    "NoiseSchedule": "diffusion.schedule",
-    "SAMPLERS": "diffusion.samplers",
-    "ImageToImagePipeline": "pipelines.image_to_image",
-    "load_image": "images",
+_NAMES = {
+    "config": ["TextEncoderConfig", "UNetConfig", "VAEConfig"],
+    "diffusion.samplers": ["SAMPLERS"],
+    "diffusion.schedule": ["NoiseSchedule"],
+    "images": ["load_image"],
+    "networks.clip_l": ["CLIPTextEncoder"],
+    "networks.openclip_g": ["OpenCLIPTextEncoder"],
+    "networks.unet": ["UNet"],
+    "networks.vae": ["AutoencoderKL"],
+    "pipelines.image_to_image": ["ImageToImagePipeline"],
+    "tokenizer": ["tokenize"],
 }
-__all__ = [
-    "SAMPLERS",
-    "AutoencoderKL",
-    "CLIPTextEncoder",
-    "ImageToImagePipeline",
-    "NoiseSchedule",
-    "OpenCLIPTextEncoder",
-    "TextEncoderConfig",
-    "UNet",
-    "UNetConfig",
-    "VAEConfig",
-    "load_image",
-    "tokenize",
-]
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'sdxl_ref' has no attribute {name!r}")
-    value = getattr(import_module(f"sdxl_ref.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"sdxl_ref.{_MODULE_OF[name]}"), name)

@@ -4,10 +4,7 @@ A file is opened by its header alone; tensors are mapped from it, and cast one b
 of the weights in the wanted dtype. Only safetensors is opened, never a pickle.
 """
 
-from __future__ import annotations
-
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -90,10 +86,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """What the file is, in words."""
-        for config, name in ((REFINER_1_0, "SD-XL 1.0 refiner"), (BASE_1_0, "SD-XL 1.0 base")):
-            if self.config == config:
-                return f"{name} (by its keys and shapes)"
-        return f"SDXL-like {self.config.kind}"
+        known = self.config in (REFINER_1_0, BASE_1_0)
+        return f"SD-XL 1.0 {self.config.kind} (by its keys and shapes)" if known else f"SDXL-like {self.config.kind}"
 
     def load(self, part: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         """One part (a key of `prefixes`), for inference: in eval mode, without gradients."""
@@ -108,13 +102,13 @@ class Checkpoint:
         network.load_state_dict(state, strict=True, assign=True)
         return network.eval().requires_grad_(False)
 
-    def tensor_hash(self, part: str) -> str:
-        """sha256 over the bytes of one part's tensors in the order of their names: tells one VAE from another."""
-        digest, prefix = hashlib.sha256(), prefixes(self.config)[part]
+    def vae_name(self, digest: str) -> str:
+        """Which VAE a file holds: its release where the file's sha256 is known, and always a hash of its tensors."""
+        tensors, prefix = hashlib.sha256(), prefixes(self.config)["vae"]
         with safe_open(self.path, framework="pt") as file:
             for key in sorted(key for key in self.shapes if key.startswith(prefix)):
-                digest.update(file.get_tensor(key).view(torch.uint8).numpy())
-        return digest.hexdigest()
+                tensors.update(file.get_tensor(key).view(torch.uint8).numpy())
+        return f"{KNOWN_FILES.get(digest, ('', 'unknown'))[1]}, tensors sha256 {tensors.hexdigest()}"
 
     def sha256(self) -> str:
         """Of the whole file, which is read once, in blocks."""
@@ -145,22 +139,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, shapes, dtypes, metadata, note)
 
 
-def save_checkpoint(path: Path, config: ModelConfig, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    """Write networks as one file in the official layout, its configuration in the metadata.
-
-    Written beside the target and then renamed: an older file stays whole until the new one is.
-    """
-    state: dict[str, torch.Tensor] = {}
-    for part, prefix in prefixes(config).items():
-        state |= {prefix + key: t.to(dtype).contiguous() for key, t in parts[part].state_dict().items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(state, beside, {"format": "pt", CONFIG_KEY: config.to_json()})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _file(path: Path) -> Path:
     if path.suffix.lower() in PICKLES:
         raise InputError(
@@ -171,9 +149,7 @@ def _file(path: Path) -> Path:
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(each.name for each in found) or "none"
-            raise InputError(
-                f"expected one .safetensors file in the folder {path}, found {names}: name the file itself"
-            )
+            raise InputError(f"expected one .safetensors file in the folder {path}, found {names}: name the file")
         return found[0]
     if not path.is_file():
         raise InputError(f"no such checkpoint: {path}")
@@ -187,9 +163,7 @@ def identify(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str],
     first, label = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"
     if first not in shapes or label not in shapes:
         found = ", ".join(sorted({key.split(".")[0] for key in shapes})[:6]) or "no tensors"
-        raise InputError(
-            f"{path} is no SDXL checkpoint in the official layout: expected {label}, found keys of {found}"
-        )
+        raise InputError(f"{path} is no SDXL checkpoint in the official layout: no {label}, found keys of {found}")
     for config in (REFINER_1_0, BASE_1_0):
         width = config.unet.model_channels
         if shapes[first][0] == width and shapes[label] == (4 * width, config.unet.adm_in_channels):
@@ -212,13 +186,9 @@ def _check(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], path: Pat
     misshapen = [f"{k} (expected {_x(expected[k])}, found {_x(shapes[k])})" for k in both]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {name}: {_some(keys)}" for name, keys in problems.items() if keys)
+        found = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:3])}" for name, keys in problems.items() if keys)
         raise InputError(f"{path} looks like an SDXL {config.kind}, but its tensors do not fit: {found}")
 
 
 def _x(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")

@@ -4,8 +4,6 @@ Source: `GeneralConditioner`, `ConcatTimestepEmbedderND` in sgm/modules/encoders
 (arXiv:2307.01952), sections 2.2 and 2.5. Sizes are (height, width).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ The field names are those of the official configuration files (Stability-AI/gene
 `configs/inference/sd_xl_refiner.yaml` and `sd_xl_base.yaml`). This module imports nothing of the package.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -104,18 +102,14 @@ class ModelConfig:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> ModelConfig:
+    def from_json(text: str) -> "ModelConfig":
         """The inverse of `to_json`; raises `InputError` where the text is no such configuration."""
         try:
-            raw = json.loads(text)
-            encoders = tuple(TextEncoderConfig(**_tuples(each)) for each in raw["text_encoders"])
-            return ModelConfig(UNetConfig(**_tuples(raw["unet"])), encoders, VAEConfig(**_tuples(raw["vae"])))
-        except InputError:
-            raise
+            raw = json.loads(text, object_hook=_tuples)
+            encoders = tuple(TextEncoderConfig(**each) for each in raw["text_encoders"])
+            return ModelConfig(UNetConfig(**raw["unet"]), encoders, VAEConfig(**raw["vae"]))
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"expected a model configuration written by sdxl_ref, found {text[:60]!r} ({error})"
-            ) from error
+            raise InputError(f"expected a configuration written by sdxl_ref, found {text[:60]!r} ({error})") from error
 
 
 def _tuples(raw: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """`make demo`: the refiner's whole path, on a small checkpoint of seeded random weights."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 
-from sdxl_ref.checkpoint import build, prefixes, save_checkpoint
+from sdxl_ref.checkpoint import build, prefixes
 from sdxl_ref.cli import main
 from sdxl_ref.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl_ref.saving import save_checkpoint
 
 SMALL = ModelConfig(
     unet=UNetConfig(

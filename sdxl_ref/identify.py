@@ -4,8 +4,6 @@ Shapes tell everything but the number of attention heads, for which 64 channels 
 official models. Loaded only for files that are not of official size and carry no configuration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from sdxl_ref.config import InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig

@@ -1,9 +1,8 @@
 """Pictures in and out: PIL <-> tensor, one rule for sizes, and PNG files that carry their settings."""
 
-from __future__ import annotations
-
 import io
 import json
+import math
 import os
 import urllib.request
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
             return to_rgb(image)
     except FileNotFoundError as error:
         raise InputError(f"no such picture: {name}") from error
-    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's decoders and urllib raise of many kinds on damaged data
         reason = str(error).replace("\n", " ")
         raise InputError(f"expected a picture (PNG, JPEG, WebP, …), could not read {name}: {reason}") from error
 
@@ -61,8 +60,7 @@ def fit(image: Image.Image, max_pixels: int | None = None) -> Image.Image:
     """
     width, height = found = image.size
     if max_pixels is not None and width * height > max_pixels:
-        scale = (max_pixels / (width * height)) ** 0.5
-        width, height = (max(1, round(side * scale)) for side in image.size)
+        width, height = (max(1, math.isqrt(max_pixels * a // b)) for a, b in ((width, height), (height, width)))
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     if min(width, height) < MULTIPLE:
         raise InputError(f"expected a picture of at least {MULTIPLE}x{MULTIPLE} pixels, found {found[0]}x{found[1]}")
@@ -88,7 +86,7 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
     Two text chunks: `parameters`, the form that common viewers read, and `sdxl_ref`, `settings` as JSON.
     """
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt("parameters", parameters(settings))
+    chunks.add_itxt("parameters", parameters(settings).encode(errors="replace").decode())  # a prompt of broken bytes
     chunks.add_itxt("sdxl_ref", json.dumps(settings))
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

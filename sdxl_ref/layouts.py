@@ -5,8 +5,6 @@ the VAE and transformers' for the text towers. open_clip's own names for the big
 This is the only table of names in the project.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal

@@ -1,6 +1,6 @@
 """Where randomness comes from: always a generator that the caller hands in, never a global state."""
 
-from __future__ import annotations
+import secrets
 
 import torch
 from torch import Tensor
@@ -20,3 +20,8 @@ def draw_noise(shape: torch.Size | tuple[int, ...], generator: Generator) -> Ten
         raise ValueError(f"expected one generator per image ({shape[0]}), found {len(generator)}")
     one = (1, *shape[1:])
     return torch.cat([torch.randn(one, generator=g, device=g.device, dtype=torch.float32) for g in generator])
+
+
+def fresh_generators(count: int) -> list[torch.Generator]:
+    """One per image, seeded by the operating system."""
+    return [torch.Generator().manual_seed(secrets.randbits(63)) for _ in range(count)]

@@ -4,8 +4,6 @@ The byte-pair encoding and its vocabulary are open_clip's own `tokenizer.py`, lo
 package would bring in torchvision and timm. Only the framing to 77 ids stands here.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from collections.abc import Sequence

@@ -129,12 +129,15 @@ def call_diffusers_unet(peer: Any, x: Tensor, t: Tensor, context: Tensor, y: Ten
 
 
 def diffusers_vae(vae: AutoencoderKL) -> Any:
+    return load(vae2d(vae.config), translate("vae", vae))
+
+
+def vae2d(c: VAEConfig) -> Any:
     from diffusers import AutoencoderKL as Peer
 
-    c = vae.config
     levels = len(c.ch_mult)
     with torch.device("meta"):
-        peer = Peer(
+        return Peer(
             in_channels=c.in_channels,
             out_channels=c.out_ch,
             block_out_channels=tuple(c.ch * m for m in c.ch_mult),
@@ -145,14 +148,12 @@ def diffusers_vae(vae: AutoencoderKL) -> Any:
             scaling_factor=c.scale_factor,
             force_upcast=True,
         )
-    return load(peer, translate("vae", vae))
 
 
-def transformers_openclip(encoder: OpenCLIPTextEncoder) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def clip_text_config(c: TextEncoderConfig) -> Any:
+    from transformers import CLIPTextConfig
 
-    c = encoder.config
-    config = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.width,
         intermediate_size=4 * c.width,
@@ -164,7 +165,12 @@ def transformers_openclip(encoder: OpenCLIPTextEncoder) -> Any:
         eos_token_id=49407,
         pad_token_id=0,
     )
-    peer = CLIPTextModelWithProjection(config)
+
+
+def transformers_openclip(encoder: OpenCLIPTextEncoder) -> Any:
+    from transformers import CLIPTextModelWithProjection
+
+    peer = CLIPTextModelWithProjection(clip_text_config(encoder.config))
     state = {k: v.clone() for k, v in translate("openclip_g", encoder).items()}
     return load(peer.to(next(iter(state.values())).dtype), state)
 

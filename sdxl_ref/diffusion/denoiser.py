@@ -4,8 +4,6 @@ Scaling and the map from sigma to training step live here and nowhere else.
 Source: `Denoiser`, `EpsScaling` and `VanillaCFG` in sgm/modules/diffusionmodules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@
 `Step`s. The symbols are those of Karras et al. 2022 (arXiv:2206.00364).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise

@@ -5,8 +5,6 @@ Everything is in sigma space: x = x0 + sigma * noise, with sigma = sqrt((1 - aba
 (`LegacyDDPMDiscretization` in sgm/modules/diffusionmodules/discretizer.py).
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable
@@ -23,6 +21,32 @@ from sdxl_ref.config import InputError
 
 TRAIN_STEPS = 1000
 SPACINGS = ("leading", "trailing", "linspace", "sgm")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Descending levels `sigmas` (n+1,), the last one 0 or where the run stops, and the training step of each of the
+    first n. A level on the grid keeps its exact pair; any other goes through `inverse`."""
+
+    sigmas: Tensor
+    timesteps: tuple[float, ...]
+    inverse: Callable[[float], float]
+
+    def timestep(self, sigma: float) -> float:
+        for level, t in zip(self.sigmas.tolist(), self.timesteps, strict=False):
+            if level == sigma:
+                return t
+        return self.inverse(sigma)
+
+    def cut(self, start: int, stop: int | None = None) -> "Grid":
+        """The steps from number `start` up to, not including, number `stop`."""
+        stop = len(self.timesteps) if stop is None else stop
+        return Grid(self.sigmas[start : stop + 1], self.timesteps[start:stop], self.inverse)
+
+    def steps_above(self, share: float) -> int:
+        """How many steps have t >= 1000 * (1 - share): those before the hand-off at `share` (0.8: t >= 200)."""
+        cutoff = round(TRAIN_STEPS * (1 - Fraction(str(share))))
+        return sum(t >= cutoff for t in self.timesteps)
 
 
 class NoiseSchedule:
@@ -49,7 +73,7 @@ class NoiseSchedule:
         if spacing == "leading":
             t = i[::-1] * (TRAIN_STEPS // steps) + 1.0
         elif spacing == "trailing":
-            t = (TRAIN_STEPS - i * (TRAIN_STEPS / steps)).round() - 1.0
+            t = np.arange(TRAIN_STEPS, 0, -TRAIN_STEPS / steps)[:steps].round() - 1.0  # as diffusers rounds halves
         elif spacing == "linspace":
             t = np.linspace(0.0, TRAIN_STEPS - 1.0, steps)[::-1]
         elif spacing == "sgm":
@@ -99,32 +123,6 @@ class NoiseSchedule:
         """
         first = float(sigmas[0])
         return first if spacing in ("trailing", "linspace") else math.sqrt(1.0 + first**2)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Descending levels `sigmas` (n+1,), the last one 0 or where the run stops, and the training step of each of the
-    first n. A level on the grid keeps its exact pair; any other goes through `inverse`."""
-
-    sigmas: Tensor
-    timesteps: tuple[float, ...]
-    inverse: Callable[[float], float]
-
-    def timestep(self, sigma: float) -> float:
-        for level, t in zip(self.sigmas.tolist(), self.timesteps, strict=False):
-            if level == sigma:
-                return t
-        return self.inverse(sigma)
-
-    def cut(self, start: int, stop: int | None = None) -> Grid:
-        """The steps from number `start` up to, not including, number `stop`."""
-        stop = len(self.timesteps) if stop is None else stop
-        return Grid(self.sigmas[start : stop + 1], self.timesteps[start:stop], self.inverse)
-
-    def steps_above(self, share: float) -> int:
-        """How many steps have t >= 1000 * (1 - share): those before the hand-off at `share` (0.8: t >= 200)."""
-        cutoff = round(TRAIN_STEPS * (1 - Fraction(str(share))))
-        return sum(t >= cutoff for t in self.timesteps)
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> NDArray[np.float64]:

@@ -7,8 +7,6 @@ sgm/modules/encoders/modules.py; Radford et al. 2021 (arXiv:2103.00020).
 Shapes: b batch, n = 77 tokens, d width.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from sdxl_ref.config import TextEncoderConfig
@@ -32,7 +30,7 @@ class CLIPAttention(nn.Module):
 class CLIPMLP(nn.Module):
     def __init__(self, width: int, activation: str) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]()
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 

@@ -3,10 +3,7 @@
 Shapes: b batch, n tokens, d width.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +11,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def quick_gelu(x: Tensor) -> Tensor:
+class QuickGELU(nn.Module):
     """The sigmoid approximation of gelu that OpenAI's CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}  # gelu: exact (erf)
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}  # gelu: exact (erf)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -39,6 +38,14 @@ def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10_000.0)
     exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=values.device) / half
     angles = values[:, None].float() * torch.exp(exponent)[None]  # (n, dim/2)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (n, dim)
+
+
+def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1)
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=eps)
 
 
 class Filler(nn.Identity):

@@ -7,8 +7,6 @@ in sgm/modules/encoders/modules.py.
 Shapes: b batch, n = 77 tokens, d width.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 
@@ -37,15 +35,6 @@ class SelfAttention(nn.Module):
         return self.out_proj(attention(q, k, v, self.heads, causal=True))
 
 
-class Activation(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.function = ACTIVATIONS[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 class ResidualAttentionBlock(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -54,7 +43,7 @@ class ResidualAttentionBlock(nn.Module):
         self.attn = SelfAttention(width, config.heads)
         self.ln_2 = nn.LayerNorm(width)
         c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=Activation(config.activation), c_proj=c_proj))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=ACTIVATIONS[config.activation](), c_proj=c_proj))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))

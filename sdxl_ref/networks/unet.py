@@ -7,23 +7,15 @@ sgm/modules/attention.py of the official code; Podell et al. 2023, "SDXL" (arXiv
 Shapes: b batch, c channels, h w latent height and width, n = h*w tokens, d width of the context.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from sdxl_ref.config import UNetConfig
-from sdxl_ref.networks.layers import Filler, attention, sinusoidal_embedding
+from sdxl_ref.networks.layers import Filler, attention, conv3x3, group_norm, sinusoidal_embedding
 
-
-def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=eps)
-
-
-def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1)
+EPS = 1e-5  # of the GroupNorms in ResBlocks and `out`; the transformers' is 1e-6
 
 
 def mlp(width: int, out_width: int) -> nn.Sequential:
@@ -35,9 +27,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), conv3x3(channels, out_channels))
+        self.in_layers = nn.Sequential(group_norm(channels, EPS), nn.SiLU(), conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        out_norm, out_conv = group_norm(out_channels), conv3x3(out_channels, out_channels)
+        out_norm, out_conv = group_norm(out_channels, EPS), conv3x3(out_channels, out_channels)
         self.out_layers = nn.Sequential(out_norm, nn.SiLU(), Filler(), out_conv)
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -207,7 +199,7 @@ class UNet(nn.Module):
                 if level > 0 and i == config.num_res_blocks:
                     stage.append(Upsample(channels))
                 self.output_blocks.append(Stage(*stage))
-        self.out = nn.Sequential(group_norm(width), nn.SiLU(), conv3x3(width, config.out_channels))
+        self.out = nn.Sequential(group_norm(width, EPS), nn.SiLU(), conv3x3(width, config.out_channels))
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
         emb = self.time_embed(sinusoidal_embedding(timesteps, self.config.model_channels).to(x.dtype))

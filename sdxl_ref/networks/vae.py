@@ -2,12 +2,10 @@
 
 Attribute paths are the official checkpoint keys without the prefix `first_stage_model.`.
 Source: `Encoder` and `Decoder` in sgm/modules/diffusionmodules/model.py, `AutoencodingEngineLegacy` in
-sgm/models/autoencoder.py; Rombach et al. 2022 (arXiv:2112.10752). GroupNorm has eps 1e-6 everywhere.
+sgm/models/autoencoder.py; Rombach et al. 2022 (arXiv:2112.10752).
 
 Shapes: b batch, c channels, H W picture, h w latent (H/8, W/8 for four levels).
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,24 +16,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sdxl_ref.config import VAEConfig
-from sdxl_ref.networks.layers import attention
+from sdxl_ref.networks.layers import attention, conv3x3, group_norm
 from sdxl_ref.noise import Generator, draw_noise
 
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def conv3x3(channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out_channels, 3, padding=1)
+EPS = 1e-6  # of every GroupNorm
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels)
+        self.norm1 = group_norm(channels, EPS)
         self.conv1 = conv3x3(channels, out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, EPS)
         self.conv2 = conv3x3(out_channels, out_channels)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
@@ -51,7 +43,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, EPS)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -128,7 +120,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(channels)
             self.down.append(level)
         self.mid = Middle(channels)
-        self.norm_out = group_norm(channels)
+        self.norm_out = group_norm(channels, EPS)
         self.conv_out = conv3x3(channels, 2 * config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +146,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(channels)
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = group_norm(channels)
+        self.norm_out = group_norm(channels, EPS)
         self.conv_out = conv3x3(channels, config.out_ch)
 
     def forward(self, z: Tensor) -> Tensor:

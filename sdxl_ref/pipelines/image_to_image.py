@@ -2,8 +2,6 @@
 arXiv:2108.01073), or go on from a noisy latent that another run left. The refiner's main job.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +14,8 @@ from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.diffusion.samplers import SAMPLERS, Step
 from sdxl_ref.diffusion.schedule import STRENGTH_RULES, NoiseSchedule
 from sdxl_ref.images import fit, load_image, to_tensor
-from sdxl_ref.noise import draw_noise
-from sdxl_ref.pipelines.pipeline import Callback, Pipeline, PipelineOutput, Plan, Request, fresh_generators
+from sdxl_ref.noise import draw_noise, fresh_generators
+from sdxl_ref.pipelines.pipeline import Callback, Pipeline, PipelineOutput, Plan, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +70,7 @@ class ImageToImagePipeline(Pipeline):
     @torch.no_grad()
     def steps(self, request: ImageToImageRequest) -> Iterator[Step]:
         """The algorithm: encode the picture, add noise, encode the prompt, denoise step by step."""
+        self.check_request(request)
         r, grid = request, self.plan(request).grid
         image, clean = self._image(r)
         prompts = 1 if isinstance(r.prompt, str) else len(r.prompt)

@@ -1,7 +1,5 @@
 """What every pipeline has: its parts, where they come from, where they run, and how results leave."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ Self = TypeVar("Self", bound="Pipeline")
 Size = tuple[int, int]
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+UNUSABLE = {"refiner": ("prompt_2", "negative_prompt_2", "target_size", "negative_target_size")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,9 @@ class Request:
     """The arguments of a run, with the ecosystem's names and defaults. Sizes are (height, width)."""
 
     prompt: str | Sequence[str]
+    prompt_2: str | Sequence[str] | None = None  # base only, for the second text encoder
     negative_prompt: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None  # base only
     num_inference_steps: int = 50
     guidance_scale: float = 5.0  # at most 1: no guidance, and the negative side does not run
     guidance_rescale: float = 0.0
@@ -42,8 +43,10 @@ class Request:
     crops_coords_top_left: Size = (0, 0)
     negative_original_size: Size | None = None  # None: as original_size
     negative_crops_coords_top_left: Size = (0, 0)
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
+    target_size: Size | None = None  # base only
+    negative_target_size: Size | None = None  # base only
+    aesthetic_score: float | None = None  # refiner only; None: 6.0
+    negative_aesthetic_score: float | None = None  # refiner only; None: 2.5
     sampler: str = "euler"
     spacing: str = "leading"
     karras: bool = False
@@ -134,15 +137,20 @@ class Pipeline:
         """How many times smaller a latent's side is than the picture's: 8 for the official VAE."""
         return int(2 ** (len(self.config.vae.ch_mult) - 1))
 
+    def check_request(self, request: Request) -> None:
+        """InputError where an argument is given that the model at hand cannot use."""
+        for name in UNUSABLE[self.config.kind]:
+            if getattr(request, name) is not None:
+                raise InputError(f"{name} is of no use to an SDXL {self.config.kind}: leave it out")
+
     def denoise(self, request: Request, grid: Grid, x: Tensor, generator: Generator) -> Iterator[Step]:
         """Encode the prompt and run the sampler from x (b,4,h,w), which stands at the grid's first level."""
         r, size = request, (x.shape[2] * self.vae_scale_factor, x.shape[3] * self.vae_scale_factor)
-        numbers = Numbers(r.original_size or size, r.crops_coords_top_left, aesthetic_score=r.aesthetic_score)
-        negative_numbers = Numbers(
-            r.negative_original_size or numbers.original_size,
-            r.negative_crops_coords_top_left,
-            aesthetic_score=r.negative_aesthetic_score,
-        )
+        score = 6.0 if r.aesthetic_score is None else r.aesthetic_score
+        negative_score = 2.5 if r.negative_aesthetic_score is None else r.negative_aesthetic_score
+        numbers = Numbers(r.original_size or size, r.crops_coords_top_left, None, score)
+        negative_size = r.negative_original_size or numbers.original_size
+        negative_numbers = Numbers(negative_size, r.negative_crops_coords_top_left, None, negative_score)
         positive = self._condition(r.prompt, numbers, len(x))
         guided = r.guidance_scale > 1
         negative = self._condition(r.negative_prompt or "", negative_numbers, len(x)) if guided else None
@@ -209,11 +217,3 @@ def check_finite(stage: str, tensor: Tensor) -> Tensor:
         hint = "check the weights with `sdxl-ref info --check`, or use another dtype (the VAE overflows in float16)"
         raise InputError(f"{stage} returned values that are not finite (NaN or infinite): {hint}")
     return tensor
-
-
-def fresh_generators(count: int) -> list[torch.Generator]:
-    """One per image, seeded by the operating system."""
-    generators = [torch.Generator() for _ in range(count)]
-    for generator in generators:
-        generator.seed()
-    return generators

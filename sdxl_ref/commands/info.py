@@ -1,7 +1,6 @@
 """`sdxl-ref info`: what a checkpoint is, from its header; with a check, from one pass over the whole file."""
 
-from __future__ import annotations
-
+import argparse
 import hashlib
 import json
 import math
@@ -14,6 +13,16 @@ from sdxl_ref.checkpoint import CONFIG_KEY, EXTRAS, KNOWN_FILES, Checkpoint, ope
 from sdxl_ref.config import InputError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("checkpoint", type=Path, metavar="FILE", help="safetensors, official layout")
+    p.add_argument("--check", action="store_true", help="read the whole file once: its sha256, and that all is finite")
+
+
+def run(a: argparse.Namespace) -> None:
+    for line in list(report(a.checkpoint, a.check)):
+        print(line)
 
 
 def report(path: Path, check: bool) -> Iterator[str]:
@@ -32,13 +41,12 @@ def report(path: Path, check: bool) -> Iterator[str]:
     for key, value in checkpoint.metadata.items():
         if key != CONFIG_KEY:
             yield f"{key}: {value[:100]}"
-    name = "unknown (--check compares the file with the official ones)"
+    digest = ""
     if check:
         digest = scan(checkpoint)
-        known, name = KNOWN_FILES.get(digest, ("not an official file", "unknown"))
-        yield f"sha256: {digest} ({known})"
+        yield f"sha256: {digest} ({KNOWN_FILES.get(digest, ('not an official file',))[0]})"
         yield "finite: every value of every tensor"
-    yield f"VAE: {name}, tensors sha256 {checkpoint.tensor_hash('vae')}"
+    yield f"VAE: {checkpoint.vae_name(digest)}{'' if check else ' (--check compares the file with the official ones)'}"
 
 
 def scan(checkpoint: Checkpoint) -> str:

@@ -1,0 +1,71 @@
+"""`sdxl-ref refine`: a photo and a prompt in, a refined picture out."""
+
+import argparse
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sdxl_ref.commands.common import identity, pick_device, sampling, save_latents, writable
+from sdxl_ref.images import fit, from_tensor, load_image, save_png
+from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
+
+MAX_PIXELS = 1024 * 1024  # the area SDXL was trained at; larger pictures are shrunk to it
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    size = "shrunk to at most 1024x1024 pixels of area, then cropped around the centre to multiples of 8"
+    p.add_argument("image", help=f"a picture of any kind and size: {size}")
+    p.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="safetensors, official layout")
+    p.add_argument("--strength", type=float, default=0.3, help="share of the steps that run, above 0 and at most 1")
+    p.add_argument("--strength-rule", default="exact", help='"exact", or "sgm" as the official code counts')
+    p.add_argument("--aesthetic-score", type=float, default=6.0, help="of the picture wanted, about 1 to 10")
+    p.add_argument("--negative-aesthetic-score", type=float, default=2.5, help="of the picture to steer away from")
+    sampling(p)
+
+
+def run(a: argparse.Namespace) -> None:
+    out = a.out or Path(f"{Path(a.image).stem}-refined.png")
+    for path in filter(None, (out, a.save_latents)):
+        writable(path)
+    device = pick_device(a.device)
+    if not a.prompt.strip():
+        warnings.warn("the prompt is empty", stacklevel=1)
+    loaded = load_image(a.image)
+    picture = fit(loaded, MAX_PIXELS)
+    named = "prompt negative_prompt strength strength_rule guidance_scale guidance_rescale aesthetic_score"
+    shared = f"{named} negative_aesthetic_score sampler spacing karras".split()
+    settings = {name: getattr(a, name) for name in shared} | {"num_inference_steps": a.steps}
+    request = ImageToImageRequest(image=picture, generator=[torch.Generator().manual_seed(a.seed)], **settings)
+    plan = ImageToImagePipeline.plan(request)  # before the weights are read
+
+    pipe = ImageToImagePipeline.from_single_file(a.checkpoint, dtype=getattr(torch, a.dtype), device=device)
+    assert pipe.checkpoint is not None
+    print(f"{pipe.checkpoint.path.name}: {pipe.checkpoint.name}, {a.dtype} on {device}")
+    if pipe.checkpoint.note:
+        print(f"note: {pipe.checkpoint.note}")
+    print(f"picture: {loaded.width}x{loaded.height}, used at {picture.width}x{picture.height}")
+    print(f"plan: {plan}", flush=True)
+    with ThreadPoolExecutor(1) as background, torch.no_grad():
+        origin = background.submit(identity, pipe.checkpoint)
+        for step in tqdm(pipe.steps(request), total=len(plan.grid.timesteps), unit="step", disable=None):
+            latents, sigma = step.x, float(step.sigma)
+        [result] = from_tensor(pipe.decode(latents))
+        settings |= {
+            "command": "refine",
+            "image": Path(a.image).name,
+            "size": f"{picture.width}x{picture.height}",
+            "seed": a.seed,
+            "dtype": a.dtype,
+            "device": str(device),
+            "sigmas": plan.grid.sigmas.tolist(),
+            "timesteps": plan.grid.timesteps,
+            "unconditional": "negative prompt, encoded even where empty" if a.guidance_scale > 1 else "none",
+            **origin.result(),
+        }
+    if a.save_latents:
+        save_latents(a.save_latents, latents, sigma)
+    save_png(result, out, settings)
+    print(f"wrote {out}")

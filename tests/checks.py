@@ -1,0 +1,197 @@
+"""The parity checks: our networks and pipeline against a peer on the same weights.
+
+Each check builds ours, loads the weights that the peer was built from, and asserts a distance. `tamper` changes ours
+after it is built: the tests of planted faults hand in a fault there, and expect the check to fail.
+
+The peers' outputs are computed once, from untouched code, before any fault is planted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import peers
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sdxl_ref.config import ModelConfig
+from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
+from sdxl_ref.networks.unet import UNet
+from sdxl_ref.networks.vae import AutoencoderKL
+from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+
+Tamper = Callable[[Any], Any]
+EXACT = 1e-10  # float64: tells an eps of 1e-5 from 1e-6, which random weights in float32 hide
+PIPELINE = 1e-5  # float32, several steps
+CONFIGS = {"refiner": peers.SMALL_REFINER, "base": peers.SMALL_BASE}
+
+
+def untouched(module: Any) -> None:
+    """No fault."""
+
+
+def ours(cls: type[nn.Module], config: Any, state: dict[str, Tensor], tamper: Tamper) -> Any:
+    network = cls(config).to(next(iter(state.values())).dtype)
+    network.load_state_dict(state, strict=True)
+    network.eval().requires_grad_(False)
+    tamper(network)
+    return network
+
+
+def close(ours: Tensor, theirs: Tensor, bound: float, what: str) -> None:
+    distance = peers.distance(ours, theirs)
+    assert distance <= bound, f"{what}: relative distance {distance:.2e}, at most {bound:.0e} allowed"
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# --- UNet against diffusers ---------------------------------------------------------------------------------------
+
+
+@lru_cache
+def unet_reference(kind: str, size: tuple[int, int], dtype: torch.dtype) -> tuple[Any, ...]:
+    config = CONFIGS[kind].unet
+    unet = peers.small_unet(config).to(dtype)
+    x, context = normal(2, 4, *size, seed=1, dtype=dtype), normal(2, 77, config.context_dim, seed=2, dtype=dtype)
+    y, t = normal(2, config.adm_in_channels, seed=3, dtype=dtype), torch.tensor([199.0, 3.5])
+    peer = peers.diffusers_unet(unet)
+    return unet.state_dict(), (x, t, context, y), peers.call_diffusers_unet(peer, x, t, context, y)
+
+
+def check_unet(
+    kind: str = "refiner",
+    size: tuple[int, int] = (12, 20),
+    dtype: torch.dtype = torch.float64,
+    bound: float = EXACT,
+    tamper: Tamper = untouched,
+) -> None:
+    state, inputs, theirs = unet_reference(kind, size, dtype)
+    close(ours(UNet, CONFIGS[kind].unet, state, tamper)(*inputs), theirs, bound, "UNet")
+
+
+# --- VAE against diffusers ----------------------------------------------------------------------------------------
+
+
+@lru_cache
+def vae_reference(dtype: torch.dtype) -> tuple[Any, ...]:
+    vae = peers.small_vae().to(dtype)
+    peer = peers.diffusers_vae(vae)
+    images, z = normal(2, 3, 64, 96, seed=1, dtype=dtype).clamp(-1, 1), normal(2, 4, 8, 12, seed=2, dtype=dtype)
+    posterior = peer.encode(images).latent_dist
+    return vae.state_dict(), images, z, posterior.mean, posterior.logvar, peer.decode(z).sample
+
+
+def check_vae(dtype: torch.dtype = torch.float64, bound: float = EXACT, tamper: Tamper = untouched) -> None:
+    state, images, z, mean, logvar, decoded = vae_reference(dtype)
+    vae = ours(AutoencoderKL, peers.SMALL_REFINER.vae, state, tamper)
+    posterior = vae.encode(images)
+    close(posterior.mean, mean, bound, "VAE mean")
+    close(posterior.logvar, logvar, bound, "VAE logvar")
+    close(vae.decode(z), decoded, bound, "VAE decode")
+
+
+# --- OpenCLIP against open_clip and transformers ------------------------------------------------------------------
+
+
+@lru_cache
+def openclip_reference(dtype: torch.dtype) -> tuple[Any, ...]:
+    encoder = peers.small_openclip().to(dtype)
+    tokens = torch.zeros(3, 77, dtype=torch.int64)
+    words = torch.randint(1, 49000, (3, 75), generator=torch.Generator().manual_seed(0))
+    for row, (ids, length) in enumerate(zip(words, (0, 9, 75), strict=True)):
+        tokens[row, : length + 2] = torch.tensor([49406, *ids[:length].tolist(), 49407])
+    transformers = peers.transformers_openclip(encoder)(tokens, output_hidden_states=True)
+    open_clip = peers.open_clip_outputs(peers.open_clip_text(encoder), tokens)
+    return encoder.state_dict(), tokens, open_clip, (transformers.hidden_states[-2], transformers.text_embeds)
+
+
+def check_openclip(
+    config: Any = None, dtype: torch.dtype = torch.float64, bound: float = EXACT, tamper: Tamper = untouched
+) -> None:
+    state, tokens, open_clip, transformers = openclip_reference(dtype)
+    encoder = ours(OpenCLIPTextEncoder, config or peers.SMALL_REFINER.text_encoders[0], state, tamper)
+    hidden, pooled = encoder(tokens)
+    for name, (their_hidden, their_pooled) in {"open_clip": open_clip, "transformers": transformers}.items():
+        close(hidden, their_hidden, bound, f"OpenCLIP hidden state against {name}")
+        close(pooled, their_pooled, bound, f"OpenCLIP pooled vector against {name}")
+
+
+# --- the whole image-to-image run against diffusers ---------------------------------------------------------------
+
+
+@lru_cache
+def small_pipeline_parts() -> dict[str, nn.Module]:
+    return {
+        "unet": peers.small_unet(seed=1),
+        "vae": peers.small_vae(seed=2),
+        "text_encoder_2": peers.small_openclip(seed=3),
+    }
+
+
+@lru_cache
+def tokenizer() -> Any:
+    return peers.clip_tokenizer(Path(mkdtemp()), pad="!")
+
+
+def picture() -> Image.Image:
+    from importlib.resources import files
+
+    return Image.open(str(files("sdxl_ref") / "data" / "photo.jpg")).resize((128, 96))
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    """Arguments that both pipelines take; the sizes are no whole numbers of bfloat16."""
+    arguments: dict[str, Any] = {
+        "prompt": "a cup of coffee on a table, morning light",
+        "negative_prompt": "blurry",
+        "image": picture(),
+        "strength": 0.5,
+        "num_inference_steps": 10,
+        "guidance_scale": 5.0,
+        "original_size": (1001, 777),
+        "crops_coords_top_left": (3, 515),
+        "negative_original_size": (333, 611),
+        "output_type": "latent",
+    }
+    return arguments | changes
+
+
+def diffusers_img2img(scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading", **config: Any) -> Any:
+    import diffusers
+
+    parts = small_pipeline_parts()
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=peers.diffusers_vae(parts["vae"]),  # type: ignore[arg-type]
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=peers.transformers_openclip(parts["text_encoder_2"]),  # type: ignore[arg-type]
+        tokenizer_2=tokenizer(),
+        unet=peers.diffusers_unet(parts["unet"]),  # type: ignore[arg-type]
+        scheduler=getattr(diffusers, scheduler)(**schedule, timestep_spacing=spacing, **config),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@lru_cache
+def pipeline_reference() -> Tensor:
+    return diffusers_img2img()(**request(), generator=torch.Generator().manual_seed(7)).images  # type: ignore[no-any-return]
+
+
+def check_pipeline(config: ModelConfig = peers.SMALL_REFINER, tamper: Tamper = untouched) -> None:
+    theirs = pipeline_reference()
+    pipeline = ImageToImagePipeline(config, **small_pipeline_parts())
+    tamper(pipeline)
+    latents = pipeline(**request(), generator=torch.Generator().manual_seed(7)).images
+    close(latents, theirs, PIPELINE, "image-to-image latents")

@@ -1,0 +1,100 @@
+"""The whole image-to-image run against diffusers' `StableDiffusionXLImg2ImgPipeline` on the same small weights."""
+
+from typing import Any
+
+import checks
+import numpy as np
+import peers
+import pytest
+import torch
+
+from sdxl_ref.diffusion.schedule import NoiseSchedule
+from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+
+SCHEDULERS = {"euler": "EulerDiscreteScheduler", "ddpm": "DDPMScheduler"}
+
+
+def both(sampler: str = "euler", spacing: str = "leading", karras: bool = False, **arguments: Any) -> tuple[Any, Any]:
+    """Results of ours and diffusers' for the same arguments, each with a fresh generator of the same seed."""
+    config: dict[str, Any] = {"use_karras_sigmas": True} if karras else {}
+    if sampler == "ddpm":
+        config["clip_sample"] = False
+    peer = checks.diffusers_img2img(SCHEDULERS[sampler], spacing, **config)
+    ours = ImageToImagePipeline(peers.SMALL_REFINER, **checks.small_pipeline_parts())  # type: ignore[arg-type]
+    call = checks.request(**arguments)
+    mine = ours(**call, sampler=sampler, spacing=spacing, karras=karras, generator=torch.Generator().manual_seed(7))
+    theirs = peer(**({"strength": 0.3} | call), generator=torch.Generator().manual_seed(7))
+    return mine.images, theirs.images
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", ["euler", "ddpm"])
+def test_samplers_and_spacings(sampler: str, spacing: str) -> None:
+    """10 steps: "linspace" then falls on whole timesteps, which diffusers' DDPM would round otherwise."""
+    checks.close(*both(sampler, spacing), checks.PIPELINE, f"{sampler} {spacing}")
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_karras(spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the peer's own float32 table of sigmas: its lowest level is 1.3e-5 off, and moves every Karras level."""
+    alphas_cumprod = checks.diffusers_img2img().scheduler.alphas_cumprod
+    table = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().double().numpy()
+    create = NoiseSchedule.__init__
+
+    def init(self: NoiseSchedule) -> None:
+        create(self)
+        assert np.abs(self.table / table - 1).max() < 2e-5
+        self.table = table
+
+    monkeypatch.setattr(NoiseSchedule, "__init__", init)
+    checks.close(*both(spacing=spacing, karras=True), checks.PIPELINE, f"Karras {spacing}")
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "", "blurry, grey"])
+def test_negative_prompt(negative_prompt: str | None) -> None:
+    checks.close(*both(negative_prompt=negative_prompt), checks.PIPELINE, f"negative prompt {negative_prompt!r}")
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 1.5, 12.0])
+def test_guidance(guidance_scale: float) -> None:
+    checks.close(*both(guidance_scale=guidance_scale), checks.PIPELINE, f"guidance {guidance_scale}")
+
+
+def test_guidance_rescale() -> None:
+    checks.close(*both(guidance_scale=9.0, guidance_rescale=0.7), checks.PIPELINE, "guidance rescale")
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(10, 1.0), (25, 0.3), (7, 0.99), (50, 0.1)])
+def test_strength(steps: int, strength: float) -> None:
+    checks.close(*both(num_inference_steps=steps, strength=strength), checks.PIPELINE, f"{steps} at {strength}")
+
+
+def test_batch_of_prompts_and_images() -> None:
+    prompts = ["a cup of coffee", "a red cat", "rain"]
+    mine, theirs = both(prompt=prompts, negative_prompt=["x", "y", "z"], num_images_per_prompt=2)
+    assert len(mine) == 6
+    checks.close(mine, theirs, checks.PIPELINE, "batch")
+
+
+def test_noisy_latents_with_denoising_start_and_end() -> None:
+    latents = 3 * checks.normal(1, 4, 12, 16, seed=5, dtype=torch.float32)
+    for start, end in ((0.8, None), (0.5, 0.8), (0.7, 0.71 + 0.2)):
+        arguments = {"image": latents, "strength": None, "denoising_start": start, "denoising_end": end}
+        peer = checks.diffusers_img2img()
+        ours = ImageToImagePipeline(peers.SMALL_REFINER, **checks.small_pipeline_parts())  # type: ignore[arg-type]
+        mine = ours(**checks.request(**arguments)).images
+        theirs = peer(**checks.request(**arguments | {"strength": 0.3})).images
+        checks.close(mine, theirs, checks.PIPELINE, f"denoising {start} to {end}")
+
+
+def test_scores_and_default_sizes() -> None:
+    defaults = {"original_size": None, "crops_coords_top_left": (0, 0), "negative_original_size": None}
+    scores = {"aesthetic_score": 7.25, "negative_aesthetic_score": 1.5}
+    checks.close(*both(**defaults, **scores), checks.PIPELINE, "scores and default sizes")
+
+
+def test_pictures_are_equal() -> None:
+    mine, theirs = both(output_type="pil")
+    difference = np.asarray(mine[0], dtype=int) - np.asarray(theirs[0], dtype=int)
+    assert abs(difference).max() <= 1
+    assert np.asarray(mine[0]).std() > 5  # not a uniform picture
