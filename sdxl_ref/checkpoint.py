@@ -6,7 +6,7 @@ of the weights in the wanted dtype. Only safetensors is opened, never a pickle.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,6 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]  # safetensors' names: F16, BF16, F32, …
     metadata: Mapping[str, str]
     note: str = ""
 
@@ -128,15 +127,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = _file(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
-            dtypes = {key: str(each.get_dtype()) for key, each in slices.items()}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
+        config, note = identify(shapes, metadata, path)
+        _check(config, shapes, path)
+    except InputError:
+        raise
     except (SafetensorError, OSError) as error:
         raise InputError(f"expected a whole safetensors file, could not read {path}: {error}") from error
-    config, note = identify(shapes, metadata, path)
-    _check(config, shapes, path)
-    return Checkpoint(path, config, shapes, dtypes, metadata, note)
+    except Exception as error:  # no network can be built of such sizes
+        raise InputError(f"{path}: its configuration or its shapes make no SDXL network ({error!r})") from error
+    return Checkpoint(path, config, shapes, metadata, note)
 
 
 def _file(path: Path) -> Path:
@@ -180,15 +181,10 @@ def _check(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], path: Pat
     for part, prefix in prefixes(config).items():
         state = build_empty(part, config).state_dict()
         expected |= {prefix + key: tuple(tensor.shape) for key, tensor in state.items()}
-    missing = [k for k in expected if k not in shapes and not k.endswith(".logit_scale")]
-    unexpected = [k for k in shapes if k not in expected and not EXTRAS.fullmatch(k)]
-    both = [k for k in expected if k in shapes and shapes[k] != expected[k]]
-    misshapen = [f"{k} (expected {_x(expected[k])}, found {_x(shapes[k])})" for k in both]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:3])}" for name, keys in problems.items() if keys)
-        raise InputError(f"{path} looks like an SDXL {config.kind}, but its tensors do not fit: {found}")
+    found = {key: shape for key, shape in shapes.items() if not EXTRAS.fullmatch(key)}
+    found |= {key: () for key in expected if key.endswith(".logit_scale") and key not in found}
+    if found != expected:
+        from sdxl_ref.identify import differences
 
-
-def _x(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+        problems = differences(expected, found)
+        raise InputError(f"{path} looks like an SDXL {config.kind}, but its tensors do not fit: {problems}")

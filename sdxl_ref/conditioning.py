@@ -23,13 +23,12 @@ class Numbers:
 
     original_size: tuple[int, int]  # height, width
     crop: tuple[int, int]  # top, left
-    target_size: tuple[int, int] | None = None
-    aesthetic_score: float | None = None
+    target_size: tuple[int, int]
+    aesthetic_score: float
 
-    def tensor(self) -> Tensor:
-        """(5,) for the refiner, (6,) for the base, float32, in the order of the official embedders."""
-        last = self.target_size if self.aesthetic_score is None else (self.aesthetic_score,)
-        assert last is not None
+    def tensor(self, kind: str) -> Tensor:
+        """(5,) for a "refiner", (6,) for a "base", float32, in the order of the official embedders."""
+        last = (self.aesthetic_score,) if kind == "refiner" else self.target_size
         return torch.tensor([*self.original_size, *self.crop, *last], dtype=torch.float32)
 
 
@@ -38,9 +37,22 @@ def embed_numbers(numbers: Tensor) -> Tensor:
     return sinusoidal_embedding(numbers.flatten(), NUMBER_DIM).reshape(len(numbers), -1)
 
 
-def encode(text_encoder_2: nn.Module, prompts: Sequence[str], numbers: Numbers) -> Conditioning:
-    """Conditioning of b prompts with the same numbers, on the encoder's device; `y` is pooled text, then numbers."""
-    device = next(text_encoder_2.parameters()).device
-    context, pooled = text_encoder_2(tokenize(prompts, pad="zero").to(device))  # (b,77,d), (b,e)
-    embedded = embed_numbers(numbers.tensor().to(device)[None]).expand(len(prompts), -1)
+def encode_text(
+    clip_l: nn.Module | None, openclip: nn.Module, prompts: Sequence[str], prompts_2: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """b prompts -> context (b,77,d) and pooled vector (b,e), on the encoder's device.
+
+    A base has CLIP-L, which reads `prompts`; OpenCLIP reads `prompts_2`; their contexts stand side by side. A refiner
+    has OpenCLIP alone. The pooled vector is OpenCLIP's.
+    """
+    device = next(openclip.parameters()).device
+    context, pooled = openclip(tokenize(prompts_2, pad="zero").to(device))
+    if clip_l is not None:
+        context = torch.cat([clip_l(tokenize(prompts, pad="eos").to(device)), context], dim=-1)
+    return context, pooled
+
+
+def condition(context: Tensor, pooled: Tensor, numbers: Tensor) -> Conditioning:
+    """Text of b images and the numbers (k,) they share; `y` is the pooled vector, then the numbers."""
+    embedded = embed_numbers(numbers.to(pooled.device)[None]).expand(len(pooled), -1)
     return Conditioning(context, torch.cat([pooled.float(), embedded], dim=1))

@@ -7,7 +7,6 @@ The field names are those of the official configuration files (Stability-AI/gene
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
 
 
 class InputError(ValueError):
@@ -105,15 +104,11 @@ class ModelConfig:
     def from_json(text: str) -> "ModelConfig":
         """The inverse of `to_json`; raises `InputError` where the text is no such configuration."""
         try:
-            raw = json.loads(text, object_hook=_tuples)
+            raw = json.loads(text, object_hook=lambda d: {k: tuple(v) if type(v) is list else v for k, v in d.items()})
             encoders = tuple(TextEncoderConfig(**each) for each in raw["text_encoders"])
             return ModelConfig(UNetConfig(**raw["unet"]), encoders, VAEConfig(**raw["vae"]))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"expected a configuration written by sdxl_ref, found {text[:60]!r} ({error})") from error
-
-
-def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
 
 
 CLIP_L = TextEncoderConfig(width=768, heads=12, layers=12, embed_dim=768, activation="quick_gelu")
@@ -137,14 +132,10 @@ REFINER_1_0 = ModelConfig(
 )
 
 BASE_1_0 = ModelConfig(
-    unet=UNetConfig(
-        in_channels=4,
-        out_channels=4,
+    unet=dataclasses.replace(
+        REFINER_1_0.unet,
         model_channels=320,
-        num_res_blocks=2,
         channel_mult=(1, 2, 4),
-        attention_resolutions=(4, 2),
-        num_head_channels=64,
         transformer_depth=(1, 2, 10),
         context_dim=2048,  # 768 of CLIP-L + 1280 of bigG
         adm_in_channels=2816,  # 1280 pooled + 6 numbers x 256

@@ -1,7 +1,7 @@
-"""Read the sizes of an SDXL-like model from the shapes of its tensors.
+"""Read the sizes of an SDXL-like model from the shapes of its tensors, and say where shapes do not fit.
 
 Shapes tell everything but the number of attention heads, for which 64 channels a head are assumed, as in all
-official models. Loaded only for files that are not of official size and carry no configuration.
+official models. Loaded only for files that are not simply official.
 """
 
 from collections.abc import Mapping
@@ -100,3 +100,18 @@ def _vae(shapes: Shapes) -> VAEConfig:
         in_channels=in_channels,
         out_ch=shapes["decoder.conv_out.weight"][0],
     )
+
+
+def differences(expected: Shapes, found: Shapes) -> str:
+    """What is missing, unexpected or of another shape, in one line: how many of each, and the first three."""
+    both = [key for key in expected if key in found and found[key] != expected[key]]
+    problems = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [f"{key} (expected {_x(expected[key])}, found {_x(found[key])})" for key in both],
+    }
+    return "; ".join(f"{len(keys)} {name}: {', '.join(keys[:3])}" for name, keys in problems.items() if keys)
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from sdxl_ref.checkpoint import CONFIG_KEY, EXTRAS, KNOWN_FILES, Checkpoint, open_checkpoint, prefixes
 from sdxl_ref.config import InputError
@@ -31,9 +32,11 @@ def report(path: Path, check: bool) -> Iterator[str]:
     yield f"{checkpoint.path}: {checkpoint.name}"
     if checkpoint.note:
         yield f"note: {checkpoint.note}"
+    with safe_open(checkpoint.path, framework="pt") as file:
+        dtype_of = {key: str(file.get_slice(key).get_dtype()) for key in checkpoint.shapes}
     for part, prefix in prefixes(checkpoint.config).items():
         keys = [key for key in checkpoint.shapes if key.startswith(prefix) and not EXTRAS.fullmatch(key)]
-        dtypes = ", ".join(sorted({checkpoint.dtypes[key] for key in keys}))
+        dtypes = ", ".join(sorted({dtype_of[key] for key in keys}))
         parameters = sum(math.prod(checkpoint.shapes[key]) for key in keys)
         yield f"{part:<15} {len(keys):>5} tensors {parameters:>13,} parameters  {dtypes}"
     extras = [key for key in checkpoint.shapes if EXTRAS.fullmatch(key)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from sdxl_ref.diffusion.schedule import Grid
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,21 @@
 """Samplers: pure functions of `(denoise, x, sigmas)`, one per algorithm, in sigma space.
 
 `denoise(x, sigma)` returns the estimate of the clean x0; x = x0 + sigma * noise. Each sampler is an iterator of
-`Step`s. The symbols are those of Karras et al. 2022 (arXiv:2206.00364).
+`Step`s. The symbols are those of Karras et al. 2022 (arXiv:2206.00364). The first-order methods stand here; those of
+higher order in `higher_order.py`, which is imported when one of them runs.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdxl_ref.diffusion.denoiser import Denoise
 from sdxl_ref.noise import Generator, draw_noise
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,56 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator |
 
     The same steps as DDIM with eta 0 (Song et al. 2020, arXiv:2010.02502). Draws no noise.
     """
-    for sigma, sigma_next in pairwise(_levels(sigmas, x)):
+    for sigma, sigma_next in pairwise(levels(sigmas, x)):
         denoised = denoise(x, sigma)
         x = x + (x - denoised) / sigma * (sigma_next - sigma)
         yield Step(x, denoised, sigma_next)
 
 
-def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator | None = None) -> Iterator[Step]:
-    """Ancestral sampling: Ho et al. 2020 (arXiv:2006.11239), algorithm 2, with the posterior ("fixed small") variance.
+def euler_ancestral(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator | None = None
+) -> Iterator[Step]:
+    """An Euler step below the next level, then fresh noise that brings x back up to it (k-diffusion, eta 1).
 
-    In sigma space the posterior of x at the next level is an Euler step to sigma_next^2 / sigma, then fresh noise
-    that brings the level back up to sigma_next. Draws randn(x.shape) at each step but the one that ends at 0.
+    The same steps as DDPM: Ho et al. 2020 (arXiv:2006.11239), algorithm 2, with the posterior ("fixed small")
+    variance. Draws randn(x.shape) at each step but the one that ends at 0.
     """
-    generator = _needs("ddpm", generator)
-    for sigma, sigma_next in pairwise(_levels(sigmas, x)):
+    for sigma, sigma_next in pairwise(levels(sigmas, x)):
         denoised = denoise(x, sigma)
-        down = sigma_next**2 / sigma
+        down, up = ancestral(sigma, sigma_next)
         x = x + (x - denoised) / sigma * (down - sigma)
-        if sigma_next > 0:
-            up = sigma_next * torch.sqrt(1 - (sigma_next / sigma) ** 2)
-            x = x + up * draw_noise(x.shape, generator).to(x)
+        x = add_noise(x, up, generator)
         yield Step(x, denoised, sigma_next)
 
 
-def _levels(sigmas: Tensor, x: Tensor) -> Tensor:
+def levels(sigmas: Tensor, x: Tensor) -> Tensor:
     """The levels as float32 on x's device; iterating gives 0-d tensors."""
     return sigmas.to(device=x.device, dtype=torch.float32)
 
 
-def _needs(name: str, generator: Generator | None) -> Generator:
+def ancestral(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a step goes down to, and the spread of the noise that leads back: down^2 + up^2 = sigma_next^2."""
+    return sigma_next**2 / sigma, sigma_next * torch.sqrt(1 - (sigma_next / sigma) ** 2)
+
+
+def add_noise(x: Tensor, up: Tensor, generator: Generator | None) -> Tensor:
+    """x with noise of spread `up`, drawn only where that is above 0. ValueError without a generator."""
     if generator is None:
-        raise ValueError(f"{name} draws noise at each step: hand in a torch.Generator, or one per image in a list")
-    return generator
+        raise ValueError("this sampler draws noise at each step: hand in a torch.Generator, or one per image in a list")
+    return x + up * draw_noise(x.shape, generator).to(x) if up > 0 else x
 
 
-SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {"euler": euler, "ddpm": ddpm}
+def _higher_order(name: str) -> Callable[..., Iterator[Step]]:
+    def sampler(*arguments: Any, **options: Any) -> Iterator[Step]:
+        return getattr(import_module("sdxl_ref.diffusion.higher_order"), name)(*arguments, **options)
+
+    return sampler
+
+
+SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
+    "euler": euler,
+    "ddim": euler,
+    "euler_ancestral": euler_ancestral,
+    "ddpm": euler_ancestral,
+    **{name: _higher_order(name) for name in ("heun", "dpmpp_2m", "dpmpp_2s_ancestral", "lms")},
+}

@@ -33,20 +33,17 @@ class Grid:
     inverse: Callable[[float], float]
 
     def timestep(self, sigma: float) -> float:
-        for level, t in zip(self.sigmas.tolist(), self.timesteps, strict=False):
-            if level == sigma:
-                return t
-        return self.inverse(sigma)
+        exact = dict(zip(self.sigmas.tolist(), self.timesteps, strict=False))
+        return exact[sigma] if sigma in exact else self.inverse(sigma)
 
     def cut(self, start: int, stop: int | None = None) -> "Grid":
         """The steps from number `start` up to, not including, number `stop`."""
         stop = len(self.timesteps) if stop is None else stop
         return Grid(self.sigmas[start : stop + 1], self.timesteps[start:stop], self.inverse)
 
-    def steps_above(self, share: float) -> int:
-        """How many steps have t >= 1000 * (1 - share): those before the hand-off at `share` (0.8: t >= 200)."""
-        cutoff = round(TRAIN_STEPS * (1 - Fraction(str(share))))
-        return sum(t >= cutoff for t in self.timesteps)
+    def steps_above(self, sigma: float) -> int:
+        """How many steps start at `sigma` or above."""
+        return int((self.sigmas[:-1] >= sigma).sum())
 
 
 class NoiseSchedule:
@@ -92,7 +89,8 @@ class NoiseSchedule:
         t = self.timesteps(steps, spacing)
         sigmas = np.interp(t, np.arange(TRAIN_STEPS), self.table)
         if karras:
-            sigmas = karras_sigmas(steps, sigmas[-1], sigmas[0])
+            high, low = sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7)
+            sigmas = (high + np.linspace(0.0, 1.0, steps) * (low - high)) ** 7
         inverse = self.nearest_timestep if spacing == "sgm" else self.timestep
         levels = torch.from_numpy(np.append(sigmas, 0.0)).float()
         exact = [inverse(s) for s in levels[:-1].tolist()] if karras else t.tolist()
@@ -116,6 +114,13 @@ class NoiseSchedule:
         """The training step of the nearest level, as the official code quantises (`DiscreteDenoiser`)."""
         return float(np.abs(self.table - sigma).argmin())
 
+    def switch_sigma(self, share: float) -> float:
+        """The lowest level of the first `share` of the training steps: 0.8 is the level of t = 200."""
+        if not 0 <= share <= 1:
+            raise InputError(f"a share of the training steps must be from 0 to 1, found {share}")
+        t = round(TRAIN_STEPS * (1 - Fraction(str(share))))
+        return float(self.sigmas[t]) if t < TRAIN_STEPS else math.inf
+
     def initial_scale(self, sigmas: Tensor, spacing: str) -> float:
         """What unit noise is multiplied by at the start of text-to-image.
 
@@ -125,24 +130,12 @@ class NoiseSchedule:
         return first if spacing in ("trailing", "linspace") else math.sqrt(1.0 + first**2)
 
 
-def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> NDArray[np.float64]:
-    """Levels (steps,) from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho)."""
-    ramp = np.linspace(0.0, 1.0, steps)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return np.asarray((high + ramp * (low - high)) ** rho)
-
-
 def strength_steps(steps: int, strength: float) -> int:
     """How many of `steps` an image-to-image run does: floor(steps * strength), exactly (50 * 0.58 is 29).
 
     The rule of diffusers, without its rounding error. InputError outside (0, 1], or where no step is left.
     """
-    share = _strength(strength)
-    if (run := math.floor(steps * share)) < 1:
-        raise InputError(
-            f"strength {strength} of {steps} steps runs 0 steps: the smallest strength is {_ceil(1, steps)}"
-        )
-    return run
+    return _at_least_one(math.floor(steps * _exact(strength)), strength, Fraction(1, steps))
 
 
 def strength_steps_sgm(steps: int, strength: float) -> int:
@@ -150,21 +143,20 @@ def strength_steps_sgm(steps: int, strength: float) -> int:
 
     10 steps at 0.4 run 3, where `strength_steps` runs 4. InputError as there.
     """
-    if (run := math.floor((steps + 1) * _strength(strength)) - 1) < 1:
-        smallest = _ceil(2, steps + 1)
-        raise InputError(f"strength {strength} of {steps} steps runs 0 steps: the smallest strength is {smallest}")
-    return run
+    return _at_least_one(math.floor((steps + 1) * _exact(strength)) - 1, strength, Fraction(2, steps + 1))
 
 
 STRENGTH_RULES = {"exact": strength_steps, "sgm": strength_steps_sgm}
 
 
-def _ceil(part: int, whole: int) -> float:
-    """part / whole, rounded up at the fourth decimal."""
-    return math.ceil(Fraction(part, whole) * 10_000) / 10_000
-
-
-def _strength(strength: float) -> Fraction:
+def _exact(strength: float) -> Fraction:
     if not 0 < strength <= 1:
         raise InputError(f"strength must be above 0 and at most 1, found {strength}")
     return Fraction(str(strength))
+
+
+def _at_least_one(run: int, strength: float, smallest: Fraction) -> int:
+    if run < 1:
+        rounded_up = math.ceil(smallest * 10_000) / 10_000
+        raise InputError(f"strength {strength} runs 0 steps: the smallest strength is {rounded_up}")
+    return run

@@ -48,5 +48,12 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=eps)
 
 
-class Filler(nn.Identity):
-    """Holds an index of the official module list where a layer without weights (dropout) stood."""
+class Upsample(nn.Module):
+    """Nearest neighbour to an exact size (odd sizes do not simply double), then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (b,c,h,w) -> (b,c,*size)

@@ -26,7 +26,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) / math.sqrt(width))
+        self.in_proj_weight = nn.Parameter(nn.init.normal_(torch.empty(3 * width, width), std=width**-0.5))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
@@ -72,8 +72,10 @@ class OpenCLIPTextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, config.width) * 0.01)
-        self.text_projection = nn.Parameter(torch.randn(config.width, config.embed_dim) / math.sqrt(config.width))
+        positions = torch.empty(config.context_length, config.width)
+        self.positional_embedding = nn.Parameter(nn.init.normal_(positions, std=0.01))
+        projection = torch.empty(config.width, config.embed_dim)
+        self.text_projection = nn.Parameter(nn.init.normal_(projection, std=config.width**-0.5))
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.transformer = Transformer(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sdxl_ref.config import UNetConfig
-from sdxl_ref.networks.layers import Filler, attention, conv3x3, group_norm, sinusoidal_embedding
+from sdxl_ref.networks.layers import Upsample, attention, conv3x3, group_norm, sinusoidal_embedding
 
 EPS = 1e-5  # of the GroupNorms in ResBlocks and `out`; the transformers' is 1e-6
 
@@ -29,10 +29,9 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(group_norm(channels, EPS), nn.SiLU(), conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        out_norm, out_conv = group_norm(out_channels, EPS), conv3x3(out_channels, out_channels)
-        self.out_layers = nn.Sequential(out_norm, nn.SiLU(), Filler(), out_conv)
-        same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        norm, conv = group_norm(out_channels, EPS), conv3x3(out_channels, out_channels)
+        self.out_layers = nn.Sequential(norm, nn.SiLU(), nn.Identity(), conv)  # [2] stands where dropout stood
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers(x)  # (b,c,h,w) -> (b,c_out,h,w)
@@ -72,7 +71,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), Filler(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # [1]: dropout
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -123,21 +122,10 @@ class Downsample(nn.Module):
         return self.op(x)  # (b,c,h,w) -> (b,c,ceil(h/2),ceil(w/2))
 
 
-class Upsample(nn.Module):
-    """Nearest neighbour to the exact size of the next skip (odd sizes do not simply double), then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv3x3(channels, channels)
-
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
-
-
 class Stage(nn.Sequential):
     """One entry of the official block lists: hands each layer what it needs besides x."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -212,5 +200,5 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)  # (b, c + c_skip, h, w)
-            h = block(h, emb, context, skips[-1].shape[2:] if skips else None)
+            h = block(h, emb, context, (skips[-1].shape[2], skips[-1].shape[3]) if skips else None)
         return self.out(h)

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sdxl_ref.config import VAEConfig
-from sdxl_ref.networks.layers import attention, conv3x3, group_norm
+from sdxl_ref.networks.layers import Upsample, attention, conv3x3, group_norm
 from sdxl_ref.noise import Generator, draw_noise
 
 EPS = 1e-6  # of every GroupNorm
@@ -67,16 +67,6 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (b,c,h,w) -> (b,c,h/2,w/2)
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (b,c,h,w) -> (b,c,2h,2w)
-        return self.conv(x)
-
-
 class Middle(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -91,6 +81,9 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """ResnetBlocks of one resolution, then the step to the next: `downsample`, `upsample` or neither."""
 
+    downsample: Downsample
+    upsample: Upsample
+
     def __init__(self, channels: int, out_channels: int, blocks: int) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * blocks
@@ -99,10 +92,9 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+        if hasattr(self, "upsample"):
+            return self.upsample(x, (2 * x.shape[2], 2 * x.shape[3]))
+        return self.downsample(x) if hasattr(self, "downsample") else x
 
 
 class Encoder(nn.Module):

@@ -4,7 +4,6 @@ arXiv:2108.01073), or go on from a noisy latent that another run left. The refin
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -15,7 +14,7 @@ from sdxl_ref.diffusion.samplers import SAMPLERS, Step
 from sdxl_ref.diffusion.schedule import STRENGTH_RULES, NoiseSchedule
 from sdxl_ref.images import fit, load_image, to_tensor
 from sdxl_ref.noise import draw_noise, fresh_generators
-from sdxl_ref.pipelines.pipeline import Callback, Pipeline, PipelineOutput, Plan, Request
+from sdxl_ref.pipelines.pipeline import Pipeline, Plan, Request, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,8 @@ class ImageToImageRequest(Request):
 class ImageToImagePipeline(Pipeline):
     """SDXL's refiner on a picture. Arguments have the names and meanings of the ecosystem's img2img pipeline."""
 
+    request_type = ImageToImageRequest
+
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         if config.kind != "refiner":
@@ -52,14 +53,15 @@ class ImageToImagePipeline(Pipeline):
         ):
             if value not in known:
                 raise InputError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
-        grid = NoiseSchedule().grid(steps, r.spacing, r.karras)
+        schedule = NoiseSchedule()
+        grid = schedule.grid(steps, r.spacing, r.karras)
         if r.denoising_start is None:
             start = steps - STRENGTH_RULES[r.strength_rule](steps, 0.3 if r.strength is None else r.strength)
         elif r.strength is None:
-            start = grid.steps_above(r.denoising_start)
+            start = grid.steps_above(schedule.switch_sigma(r.denoising_start))
         else:
             raise InputError("strength and denoising_start both say where to begin: give one of them")
-        stop = steps if r.denoising_end is None else grid.steps_above(r.denoising_end)
+        stop = steps if r.denoising_end is None else grid.steps_above(schedule.switch_sigma(r.denoising_end))
         if start >= stop:
             raise InputError(
                 f"0 of {steps} steps lie between denoising_start {r.denoising_start} and denoising_end "
@@ -69,24 +71,25 @@ class ImageToImagePipeline(Pipeline):
 
     @torch.no_grad()
     def steps(self, request: ImageToImageRequest) -> Iterator[Step]:
-        """The algorithm: encode the picture, add noise, encode the prompt, denoise step by step."""
-        self.check_request(request)
+        """The algorithm: encode the prompt, encode the picture, add noise, denoise step by step."""
         r, grid = request, self.plan(request).grid
         image, clean = self._image(r)
+        latent = image.shape[1] == self.config.vae.embed_dim
         prompts = 1 if isinstance(r.prompt, str) else len(r.prompt)
         count = max(prompts, len(image)) * r.num_images_per_prompt
         if count % len(image):
             raise InputError(f"expected one image, or one for each of {prompts} prompts, found {len(image)}")
-        generator = fresh_generators(count) if r.generator is None else r.generator
+        generator, copies = r.generator or fresh_generators(count), count // len(image)
 
-        copies = count // len(image)
-        if image.shape[1] == self.config.vae.embed_dim:
-            x = image.float().repeat_interleave(copies, 0)  # (b,4,h,w)
+        scale = self.vae_scale_factor if latent else 1
+        denoise = self.denoiser(r, grid, count, (image.shape[2] * scale, image.shape[3] * scale))
+        if latent:
+            x = image.float().repeat_interleave(copies, 0)  # (n,4,h,w) -> (b,4,h,w)
         else:
             x = self.encode_image(image, generator, copies)  # (n,3,H,W) -> (b,4,h,w)
         if clean:  # to exactly the level that is denoised first
             x = x + grid.sigmas[0].to(x) * draw_noise(x.shape, generator).to(x)
-        yield from self.denoise(r, grid, x, generator)
+        yield from run(denoise, r, grid.sigmas, x, generator)
 
     def _image(self, r: ImageToImageRequest) -> tuple[Tensor, bool]:
         """The picture or latents of a request on the device, and whether they are clean. InputError for other kinds."""
@@ -103,15 +106,3 @@ class ImageToImagePipeline(Pipeline):
             noisy = "" if clean else ", since denoising_start and latents go on from a noisy latent"
             raise InputError(f"expected {kinds}{noisy}, found a tensor {tuple(given.shape)}")
         return given.to(self.device), clean
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        output_type: str = "pil",
-        callback_on_step_end: Callback | None = None,
-        **arguments: Any,
-    ) -> PipelineOutput:
-        """Run a request; `arguments` are the fields of `ImageToImageRequest`. See `Pipeline.finish` for the result."""
-        request = ImageToImageRequest(prompt=prompt, **arguments)
-        return self.finish(self.steps(request), output_type, callback_on_step_end)

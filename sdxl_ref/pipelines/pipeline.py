@@ -9,40 +9,41 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_ref.checkpoint import Checkpoint, open_checkpoint, prefixes
-from sdxl_ref.conditioning import Numbers, encode
+from sdxl_ref.conditioning import Numbers, condition, encode_text
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.diffusion.denoiser import Conditioning, Denoiser
+from sdxl_ref.diffusion.denoiser import Denoise, Denoiser
 from sdxl_ref.diffusion.samplers import SAMPLERS, Step
 from sdxl_ref.diffusion.schedule import Grid
-from sdxl_ref.images import from_tensor
 from sdxl_ref.networks.vae import Posterior
 from sdxl_ref.noise import Generator
 
 Self = TypeVar("Self", bound="Pipeline")
 Size = tuple[int, int]
-Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-UNUSABLE = {"refiner": ("prompt_2", "negative_prompt_2", "target_size", "negative_target_size")}
+Prompt = str | Sequence[str]
+UNUSABLE = {
+    "refiner": ("prompt_2", "negative_prompt_2", "target_size", "negative_target_size"),
+    "base": ("aesthetic_score", "negative_aesthetic_score"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The arguments of a run, with the ecosystem's names and defaults. Sizes are (height, width)."""
 
-    prompt: str | Sequence[str]
-    prompt_2: str | Sequence[str] | None = None  # base only, for the second text encoder
-    negative_prompt: str | Sequence[str] | None = None
-    negative_prompt_2: str | Sequence[str] | None = None  # base only
+    prompt: Prompt
+    prompt_2: Prompt | None = None  # base only, for the second text encoder; None: as prompt
+    negative_prompt: Prompt | None = None  # None: the empty prompt on a refiner, zeros on a base
+    negative_prompt_2: Prompt | None = None  # base only; None: as negative_prompt
     num_inference_steps: int = 50
     guidance_scale: float = 5.0  # at most 1: no guidance, and the negative side does not run
     guidance_rescale: float = 0.0
     generator: Generator | None = None  # None: seeded by the operating system, one per image
-    latents: Tensor | None = None  # (b,4,h,w) in sigma space
+    latents: Tensor | None = None  # (b,4,h,w), what the run starts from: see each pipeline
     num_images_per_prompt: int = 1
     original_size: Size | None = None  # None: the picture's own
     crops_coords_top_left: Size = (0, 0)
     negative_original_size: Size | None = None  # None: as original_size
-    negative_crops_coords_top_left: Size = (0, 0)
+    negative_crops_coords_top_left: Size | None = None  # None: see `Pipeline.numbers`
     target_size: Size | None = None  # base only
     negative_target_size: Size | None = None  # base only
     aesthetic_score: float | None = None  # refiner only; None: 6.0
@@ -50,10 +51,6 @@ class Request:
     sampler: str = "euler"
     spacing: str = "leading"
     karras: bool = False
-
-
-class PipelineOutput(NamedTuple):
-    images: Any  # as `output_type` says: PIL pictures, (b,H,W,3) array, (b,3,H,W) tensor, or latents (b,4,h,w)
 
 
 class Plan(NamedTuple):
@@ -67,7 +64,21 @@ class Plan(NamedTuple):
         return f"{len(self.grid.timesteps)} of {self.num_inference_steps} steps, sigma {first:.4g} → {last:.4g}"
 
 
-class Pipeline:
+class Runnable:
+    """What a caller sees of every pipeline: a request in, steps or a result out."""
+
+    request_type: type[Any]
+    steps: Callable[..., Iterator[Step]]  # of a request
+    decode: Callable[..., Tensor]  # latents (b,4,h,w) -> pictures (b,3,H,W) in [0,1]
+
+    def __call__(self, prompt: Prompt, **arguments: Any) -> Any:
+        """Run a request, made of these arguments, to its end: see `sdxl_ref.pipelines.result.finish`."""
+        from sdxl_ref.pipelines.result import finish
+
+        return finish(self, prompt, **arguments)
+
+
+class Pipeline(Runnable):
     """The networks of one checkpoint. `text_encoder` is CLIP-L (None on a refiner), `text_encoder_2` OpenCLIP bigG.
 
     Every part may be replaced (compiled, fine-tuned); it is looked up when a run starts.
@@ -85,6 +96,7 @@ class Pipeline:
         self.config, self.unet, self.vae = config, unet, vae
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.checkpoint: Checkpoint | None = None
+        self.vae_scale_factor = int(2 ** (len(config.vae.ch_mult) - 1))  # how many times smaller a latent's side is
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
@@ -99,19 +111,22 @@ class Pipeline:
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        slot: Any = None,
         **parts: nn.Module,
     ) -> Self:
         """Open a safetensors file in the official layout. `dtype` (or `torch_dtype`) is float32 unless given.
 
         The VAE is float32 whatever the dtype: it overflows in float16. `parts` (`vae=`, `text_encoder_2=`, …) are
-        shared instead of loaded. Raises InputError as `open_checkpoint` does, and for a model this pipeline cannot run.
+        shared instead of loaded; with a `slot` (of `on_demand`) each part is read when it works and dropped for the
+        next. Raises InputError as `open_checkpoint` does, and for a model this pipeline cannot run.
         """
         checkpoint = open_checkpoint(path)
         cls.check(checkpoint.config)
         dtype = dtype or torch_dtype or torch.float32
         for part in prefixes(checkpoint.config):
             if part not in parts:
-                parts[part] = checkpoint.load(part, torch.float32 if part == "vae" else dtype, device)
+                load = checkpoint.load if slot is None else slot.later(checkpoint)
+                parts[part] = load(part, torch.float32 if part == "vae" else dtype, device)
         pipeline = cls(checkpoint.config, **parts)
         pipeline.checkpoint = checkpoint
         return pipeline
@@ -132,43 +147,48 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
 
-    @property
-    def vae_scale_factor(self) -> int:
-        """How many times smaller a latent's side is than the picture's: 8 for the official VAE."""
-        return int(2 ** (len(self.config.vae.ch_mult) - 1))
+    def denoiser(self, request: Request, grid: Grid, count: int, size: Size) -> Denoiser:
+        """Encode the prompts for `count` pictures of `size`, both sides in one batch, and bind them to the UNet.
 
-    def check_request(self, request: Request) -> None:
-        """InputError where an argument is given that the model at hand cannot use."""
-        for name in UNUSABLE[self.config.kind]:
-            if getattr(request, name) is not None:
-                raise InputError(f"{name} is of no use to an SDXL {self.config.kind}: leave it out")
+        Without a negative prompt the negative side is zeros on a base, and the empty prompt on a refiner.
+        """
+        r, kind = request, self.config.kind
+        for name in UNUSABLE[kind] if type(r) is self.request_type else ():  # an ensemble's request serves both kinds
+            if getattr(r, name) is not None:
+                raise InputError(f"{name} is of no use to an SDXL {kind}: leave it out")
+        prompts, prompts_2 = (
+            per_image(r.prompt, count),
+            per_image(r.prompt if r.prompt_2 is None else r.prompt_2, count),
+        )
+        zeros = kind == "base" and r.negative_prompt is None and r.negative_prompt_2 is None
+        if r.guidance_scale > 1 and not zeros:
+            negative = r.negative_prompt or ""
+            prompts += per_image(negative, count)
+            prompts_2 += per_image(negative if r.negative_prompt_2 is None else r.negative_prompt_2, count)
+        context, pooled = encode_text(self.text_encoder, self.text_encoder_2, prompts, prompts_2)
+        check_finite("the text encoder", context)
+        check_finite("the text encoder's pooled vector", pooled)
+        numbers, negative_numbers = (each.tensor(kind) for each in self.numbers(r, size))
+        positive = condition(context[:count], pooled[:count], numbers)
+        if r.guidance_scale <= 1:
+            return Denoiser(self.unet, grid, positive)
+        if zeros:
+            context, pooled = torch.zeros_like(context), torch.zeros_like(pooled)
+        other = condition(context[-count:], pooled[-count:], negative_numbers)
+        return Denoiser(self.unet, grid, positive, other, r.guidance_scale, r.guidance_rescale)
 
-    def denoise(self, request: Request, grid: Grid, x: Tensor, generator: Generator) -> Iterator[Step]:
-        """Encode the prompt and run the sampler from x (b,4,h,w), which stands at the grid's first level."""
-        r, size = request, (x.shape[2] * self.vae_scale_factor, x.shape[3] * self.vae_scale_factor)
+    def numbers(self, request: Request, size: Size) -> tuple[Numbers, Numbers]:
+        """Sizes and scores of both sides. What is not given is the picture's own size, and the same on both sides;
+
+        but the negative crop is (0, 0) for image-to-image, and where another negative size is given.
+        """
+        r, original, target = request, request.original_size or size, request.target_size or size
         score = 6.0 if r.aesthetic_score is None else r.aesthetic_score
         negative_score = 2.5 if r.negative_aesthetic_score is None else r.negative_aesthetic_score
-        numbers = Numbers(r.original_size or size, r.crops_coords_top_left, None, score)
-        negative_size = r.negative_original_size or numbers.original_size
-        negative_numbers = Numbers(negative_size, r.negative_crops_coords_top_left, None, negative_score)
-        positive = self._condition(r.prompt, numbers, len(x))
-        guided = r.guidance_scale > 1
-        negative = self._condition(r.negative_prompt or "", negative_numbers, len(x)) if guided else None
-        denoise = Denoiser(self.unet, grid, positive, negative, r.guidance_scale, r.guidance_rescale)
-        for step in SAMPLERS[r.sampler](denoise, x, grid.sigmas, generator=generator):
-            check_finite(f"the UNet, on the step to sigma {float(step.sigma):.4g},", step.x)
-            yield step
-
-    def _condition(self, prompt: str | Sequence[str], numbers: Numbers, count: int) -> Conditioning:
-        """Conditioning of `count` images; each prompt serves the same number of images in a row."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if count % len(prompts):
-            raise InputError(f"expected one prompt, or one for each image, found {len(prompts)} for {count}")
-        one = encode(self.text_encoder_2, prompts, numbers)
-        check_finite("the text encoder", one.context)
-        check_finite("the text encoder's pooled vector", one.y)
-        repeats = count // len(prompts)
-        return Conditioning(one.context.repeat_interleave(repeats, 0), one.y.repeat_interleave(repeats, 0))
+        own = hasattr(r, "image") or r.negative_original_size is not None or r.negative_target_size is not None
+        crop = r.negative_crops_coords_top_left or ((0, 0) if own else r.crops_coords_top_left)
+        negative = Numbers(r.negative_original_size or original, crop, r.negative_target_size or target, negative_score)
+        return Numbers(original, r.crops_coords_top_left, target, score), negative
 
     def encode_image(self, images: Tensor, generator: Generator, copies: int = 1) -> Tensor:
         """Pictures (n,3,H,W) in [-1,1] -> samples of their latents (n*copies,4,h,w), scaled, in float32.
@@ -187,28 +207,22 @@ class Pipeline:
         """Latents (b,4,h,w) -> pictures (b,3,H,W) in [0,1], one at a time to save memory."""
         scaled = (latents / self.config.vae.scale_factor).to(next(self.vae.parameters()))
         images = torch.cat([self.vae.decode(each) for each in scaled.split(1)])  # type: ignore[operator]
-        return (check_finite("the VAE's decoder", images) * 0.5 + 0.5).clamp(0, 1)
+        return (check_finite("the VAE's decoder", images).float() * 0.5 + 0.5).clamp(0, 1)
 
-    @torch.no_grad()
-    def finish(self, steps: Iterator[Step], output_type: str, callback: Callback | None) -> PipelineOutput:
-        """Drain a run, call `callback(pipeline, i, sigma, {"latents": x})` after each step, and pack the result.
 
-        A callback may return {"latents": …}: the run goes on from these.
-        """
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"unknown output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        for i, step in enumerate(steps):
-            if callback is not None:
-                changed = callback(self, i, float(step.sigma), {"latents": step.x})
-                step.x.copy_((changed or {}).get("latents", step.x))
-        if output_type == "latent":
-            return PipelineOutput(step.x)
-        images = self.decode(step.x)
-        if output_type == "pt":
-            return PipelineOutput(images)
-        if output_type == "np":
-            return PipelineOutput(images.float().cpu().permute(0, 2, 3, 1).numpy())  # (b,3,h,w) -> (b,h,w,3)
-        return PipelineOutput(from_tensor(images))
+def run(denoise: Denoise, r: Request, sigmas: Tensor, x: Tensor, generator: Generator) -> Iterator[Step]:
+    """Run the request's sampler from x (b,4,h,w), which stands at the first of `sigmas`."""
+    for step in SAMPLERS[r.sampler](denoise, x, sigmas, generator=generator):
+        check_finite(f"the UNet, on the step to sigma {float(step.sigma):.4g},", step.x)
+        yield step
+
+
+def per_image(prompt: Prompt, count: int) -> list[str]:
+    """One prompt for each of `count` images; each given one serves the same number of images in a row."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or count % len(prompts):
+        raise InputError(f"expected one prompt, or one for each image, found {len(prompts)} for {count}")
+    return [each for each in prompts for _ in range(count // len(prompts))]
 
 
 def check_finite(stage: str, tensor: Tensor) -> Tensor:
