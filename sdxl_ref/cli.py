@@ -12,6 +12,7 @@ from sdxl_ref.config import InputError
 
 COMMANDS = {  # each a module of sdxl_ref.commands with `arguments(parser)` and `run(arguments)`
     "refine": "refine a picture under a prompt",
+    "generate": "make pictures from a prompt: base, ensemble of experts, or two stages",
     "info": "tell what a checkpoint is",
 }
 

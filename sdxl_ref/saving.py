@@ -1,28 +1,38 @@
-"""Write networks as one file in the official layout."""
+"""Write safetensors files: networks as one file in the official layout, or latents."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sdxl_ref.checkpoint import CONFIG_KEY, prefixes
-from sdxl_ref.config import ModelConfig
+from sdxl_ref.config import InputError, ModelConfig
 
 
 def save_checkpoint(path: Path, config: ModelConfig, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    """Write networks as one file in the official layout, its configuration in the metadata.
-
-    Written beside the target and then renamed: an older file stays whole until the new one is.
-    """
-    state: dict[str, torch.Tensor] = {}
+    """Write networks, their configuration in the metadata. See `write`."""
+    state: dict[str, Tensor] = {}
     for part, prefix in prefixes(config).items():
         state |= {prefix + key: t.to(dtype).contiguous() for key, t in parts[part].state_dict().items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    write(path, state, {"format": "pt", CONFIG_KEY: config.to_json()})
+
+
+def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
+    """Write latents (b,4,h,w) in sigma space, scaled by 0.13025, with their sigma in the metadata. See `write`."""
+    write(path, {"latents": latents.cpu().contiguous()}, {"sigma": repr(sigma)})
+
+
+def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write beside the target, then rename: an older file stays whole until the new one is. InputError on failure."""
+    beside = path.with_name(f".{os.getpid()}.part")
     try:
-        save_file(state, beside, {"format": "pt", CONFIG_KEY: config.to_json()})
+        save_file(state, beside, metadata)
         beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         beside.unlink(missing_ok=True)

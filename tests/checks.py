@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdxl_ref.config import ModelConfig
+from sdxl_ref.networks.clip_l import CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
@@ -123,6 +124,25 @@ def check_openclip(
         close(pooled, their_pooled, bound, f"OpenCLIP pooled vector against {name}")
 
 
+# --- CLIP-L against transformers ----------------------------------------------------------------------------------
+
+
+@lru_cache
+def clip_reference(dtype: torch.dtype) -> tuple[Any, ...]:
+    encoder = peers.small_clip().to(dtype)
+    tokens = torch.full((2, 77), 49407)
+    tokens[:, 0] = 49406
+    tokens[0, 1:9] = torch.arange(500, 4500, 500)
+    hidden = peers.transformers_clip(encoder)(tokens, output_hidden_states=True).hidden_states[-2]
+    return encoder.state_dict(), tokens, hidden
+
+
+def check_clip(dtype: torch.dtype = torch.float64, bound: float = EXACT) -> None:
+    state, tokens, hidden = clip_reference(dtype)
+    encoder = ours(CLIPTextEncoder, peers.SMALL_BASE.text_encoders[0], state, untouched)
+    close(encoder(tokens), hidden, bound, "CLIP-L hidden state")
+
+
 # --- the whole image-to-image run against diffusers ---------------------------------------------------------------
 
 
@@ -136,8 +156,18 @@ def small_pipeline_parts() -> dict[str, nn.Module]:
 
 
 @lru_cache
-def tokenizer() -> Any:
-    return peers.clip_tokenizer(Path(mkdtemp()), pad="!")
+def small_base_parts() -> dict[str, nn.Module]:
+    return {
+        "unet": peers.small_unet(peers.SMALL_BASE.unet, seed=4),
+        "vae": small_pipeline_parts()["vae"],
+        "text_encoder": peers.small_clip(seed=5),
+        "text_encoder_2": peers.small_openclip(seed=6),
+    }
+
+
+@lru_cache
+def tokenizer(pad: str = "!") -> Any:
+    return peers.clip_tokenizer(Path(mkdtemp()), pad=pad)
 
 
 def picture() -> Image.Image:
@@ -163,11 +193,32 @@ def request(**changes: Any) -> dict[str, Any]:
     return arguments | changes
 
 
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def diffusers_text2img(scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading", **config: Any) -> Any:
+    import diffusers
+
+    parts = small_base_parts()
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=peers.diffusers_vae(parts["vae"]),  # type: ignore[arg-type]
+        text_encoder=peers.transformers_clip(parts["text_encoder"]),  # type: ignore[arg-type]
+        tokenizer=tokenizer("<|endoftext|>"),
+        text_encoder_2=peers.transformers_openclip(parts["text_encoder_2"]),  # type: ignore[arg-type]
+        tokenizer_2=tokenizer(),
+        unet=peers.diffusers_unet(parts["unet"]),  # type: ignore[arg-type]
+        scheduler=getattr(diffusers, scheduler)(**SCHEDULE, timestep_spacing=spacing, **config),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def diffusers_img2img(scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading", **config: Any) -> Any:
     import diffusers
 
     parts = small_pipeline_parts()
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
         vae=peers.diffusers_vae(parts["vae"]),  # type: ignore[arg-type]
         text_encoder=None,
@@ -175,7 +226,7 @@ def diffusers_img2img(scheduler: str = "EulerDiscreteScheduler", spacing: str = 
         text_encoder_2=peers.transformers_openclip(parts["text_encoder_2"]),  # type: ignore[arg-type]
         tokenizer_2=tokenizer(),
         unet=peers.diffusers_unet(parts["unet"]),  # type: ignore[arg-type]
-        scheduler=getattr(diffusers, scheduler)(**schedule, timestep_spacing=spacing, **config),
+        scheduler=getattr(diffusers, scheduler)(**SCHEDULE, timestep_spacing=spacing, **config),
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,

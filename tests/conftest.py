@@ -21,6 +21,16 @@ def small_refiner_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def small_base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small base of seeded weights as one file in the official layout, float16."""
+    path = tmp_path_factory.mktemp("checkpoints") / "small_base.safetensors"
+    parts = {"unet": peers.small_unet(peers.SMALL_BASE.unet), "vae": peers.small_vae()}
+    parts |= {"text_encoder": peers.small_clip(), "text_encoder_2": peers.small_openclip()}
+    save_checkpoint(path, peers.SMALL_BASE, parts, torch.float16)
+    return path
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed and report.nodeid.startswith("tests/parity/"):
         _passed.add(report.nodeid)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdxl_ref import layouts
 from sdxl_ref.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl_ref.networks.clip_l import CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
@@ -82,6 +83,10 @@ def small_vae(config: VAEConfig = SMALL_REFINER.vae, seed: int = 0) -> Autoencod
 
 def small_openclip(config: TextEncoderConfig = SMALL_REFINER.text_encoders[0], seed: int = 0) -> OpenCLIPTextEncoder:
     return randomise(OpenCLIPTextEncoder(config), seed)  # type: ignore[return-value]
+
+
+def small_clip(config: TextEncoderConfig = SMALL_BASE.text_encoders[0], seed: int = 0) -> CLIPTextEncoder:
+    return randomise(CLIPTextEncoder(config), seed)  # type: ignore[return-value]
 
 
 def translate(part: layouts.Part, module: nn.Module) -> dict[str, Tensor]:
@@ -173,6 +178,28 @@ def transformers_openclip(encoder: OpenCLIPTextEncoder) -> Any:
     peer = CLIPTextModelWithProjection(clip_text_config(encoder.config))
     state = {k: v.clone() for k, v in translate("openclip_g", encoder).items()}
     return load(peer.to(next(iter(state.values())).dtype), state)
+
+
+def transformers_clip(encoder: CLIPTextEncoder) -> Any:
+    """transformers' `CLIPTextModel`, which since version 5 has no `text_model.` in its names."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    c = encoder.config
+    config = CLIPTextConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        intermediate_size=4 * c.width,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        hidden_act=c.activation,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=49407,
+    )
+    state = encoder.state_dict()
+    peer = CLIPTextModel(config).to(next(iter(state.values())).dtype)
+    prefixed = all(key.startswith("text_model.") for key in peer.state_dict())
+    return load(peer, {k if prefixed else k.removeprefix("text_model."): v.clone() for k, v in state.items()})
 
 
 def open_clip_text(encoder: OpenCLIPTextEncoder) -> Any:

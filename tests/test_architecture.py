@@ -28,7 +28,7 @@ FLOORS = [  # from the top: a module may import from its own floor and from thos
     ["pipelines.image_to_image", "pipelines.text_to_image"],
     ["pipelines.ensemble"],
     ["commands.common"],
-    ["commands.refine", "commands.info"],
+    ["commands.refine", "commands.generate", "commands.info"],
     ["cli"],
     ["demo"],
 ]

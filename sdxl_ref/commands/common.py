@@ -5,28 +5,34 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from sdxl_ref import __version__
 from sdxl_ref.checkpoint import Checkpoint
 from sdxl_ref.config import InputError
+from sdxl_ref.diffusion.samplers import SAMPLERS
 
 
 def sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", required=True)
-    p.add_argument("--negative-prompt", default="", help="what to steer away from")
+    p.add_argument("--negative-prompt", help="what to steer away from")
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
     p.add_argument("--guidance-scale", type=float, default=5.0, help="1 or less: no guidance")
     p.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1; softens high guidance")
-    p.add_argument("--sampler", default="euler", help="euler or ddpm")
+    p.add_argument("--sampler", default="euler", help=", ".join(SAMPLERS))
     p.add_argument("--spacing", default="leading", help="leading, trailing, linspace or sgm")
     p.add_argument("--karras", action="store_true", help="Karras sigmas between the ends of the spacing")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="where the picture goes")
     p.add_argument("--save-latents", type=Path, metavar="FILE", help="also write the final latents, as safetensors")
+
+
+def seed(text: str) -> int:
+    """A number that a generator takes; argparse tells of the ValueError."""
+    if not -(2**63) <= int(text) < 2**64:
+        raise ValueError
+    return int(text)
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,15 +40,19 @@ def pick_device(name: str) -> torch.device:
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # "meta" has no values
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"device {name!r} is not to be had: expected auto, cpu, cuda or mps ({error})") from error
 
 
-def writable(path: Path) -> None:
-    """InputError unless a file can be written there: found out before the work, not after it."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
+def writable(*paths: Path | None) -> None:
+    """InputError unless files can be written there: found out before the work, not after it."""
+    for path in filter(None, paths):
+        fits = len(os.fsencode(path.name)) <= 255 and not path.is_dir()
+        if not (fits and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, object]:
@@ -50,10 +60,3 @@ def identity(checkpoint: Checkpoint) -> dict[str, object]:
     digest = checkpoint.sha256()
     weights = {"file": checkpoint.path.name, "sha256": digest, "vae": checkpoint.vae_name(digest)}
     return {"checkpoint": weights, "versions": {"sdxl_ref": __version__, "torch": torch.__version__}}
-
-
-def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
-    """Latents (b,4,h,w) in sigma space, scaled by 0.13025, with their sigma in the metadata."""
-    beside = path.with_name(f".{path.name}.part")
-    save_file({"latents": latents.cpu().contiguous()}, beside, {"sigma": repr(sigma)})
-    beside.replace(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdxl_ref.commands.common import identity, pick_device, sampling, save_latents, writable
+from sdxl_ref.commands.common import identity, pick_device, sampling, writable
 from sdxl_ref.images import fit, from_tensor, load_image, save_png
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
 
@@ -28,8 +28,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     out = a.out or Path(f"{Path(a.image).stem}-refined.png")
-    for path in filter(None, (out, a.save_latents)):
-        writable(path)
+    writable(out, a.save_latents)
     device = pick_device(a.device)
     if not a.prompt.strip():
         warnings.warn("the prompt is empty", stacklevel=1)
@@ -53,12 +52,10 @@ def run(a: argparse.Namespace) -> None:
         for step in tqdm(pipe.steps(request), total=len(plan.grid.timesteps), unit="step", disable=None):
             latents, sigma = step.x, float(step.sigma)
         [result] = from_tensor(pipe.decode(latents))
+        settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype")}
         settings |= {
-            "command": "refine",
             "image": Path(a.image).name,
             "size": f"{picture.width}x{picture.height}",
-            "seed": a.seed,
-            "dtype": a.dtype,
             "device": str(device),
             "sigmas": plan.grid.sigmas.tolist(),
             "timesteps": plan.grid.timesteps,
@@ -66,6 +63,8 @@ def run(a: argparse.Namespace) -> None:
             **origin.result(),
         }
     if a.save_latents:
+        from sdxl_ref.saving import save_latents
+
         save_latents(a.save_latents, latents, sigma)
     save_png(result, out, settings)
     print(f"wrote {out}")

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.polynomial import Polynomial
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sdxl_ref.diffusion.denoiser import Denoise
@@ -58,8 +59,9 @@ def dpmpp_2s_ancestral(
 ) -> Iterator[Step]:
     """DPM-Solver++(2S): Lu et al. 2022 (arXiv:2211.01095), algorithm 1 with r = 1/2, then ancestral noise (eta 1).
 
-    Two evaluations a step, the second halfway in log sigma between the level and the lower end of the ancestral
-    step; the last step, to 0, is Euler's. Draws randn(x.shape) at each step but the last.
+    Two evaluations a step. The second is due halfway in log sigma between the level and the lower end of the
+    ancestral step, sigma_next^2 / sigma: that is sigma_next itself. The last step, to 0, is Euler's. Draws
+    randn(x.shape) at each step but the last.
     """
     for sigma, sigma_next in pairwise(levels(sigmas, x)):
         denoised = denoise(x, sigma)
@@ -68,9 +70,8 @@ def dpmpp_2s_ancestral(
             x = x + (x - denoised) / sigma * (down - sigma)
         else:
             h = torch.log(sigma) - torch.log(down)
-            middle = torch.exp(torch.log(sigma) - h / 2)
-            halfway = middle / sigma * x - torch.expm1(-h / 2) * denoised
-            x = down / sigma * x - torch.expm1(-h) * denoise(halfway, middle)
+            halfway = sigma_next / sigma * x - torch.expm1(-h / 2) * denoised
+            x = down / sigma * x - torch.expm1(-h) * denoise(halfway, sigma_next)
         x = add_noise(x, up, generator)
         yield Step(x, denoised, sigma_next)
 
@@ -96,13 +97,11 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator | N
         yield Step(x, denoised, sigma_next)
 
 
-def lms_coefficients(nodes: np.ndarray, start: float, stop: float) -> list[float]:
+def lms_coefficients(nodes: NDArray[Any], start: float, stop: float) -> list[float]:
     """The integral from `start` to `stop` of each Lagrange basis polynomial on `nodes`."""
     coefficients = []
     for j, node in enumerate(nodes):
         others = np.delete(nodes, j)
-        # around `start`, where the powers stay small
-        basis = Polynomial.fromroots(others - start) / np.prod(node - others)
-        integral = basis.integ()
-        coefficients.append(float(integral(stop - start) - integral(0.0)))
+        basis = np.atleast_1d(np.poly(others - start)) / np.prod(node - others)  # in powers of (sigma - start)
+        coefficients.append(float(np.polyval(np.polyint(basis), stop - start)))
     return coefficients

@@ -58,10 +58,9 @@ class NoiseSchedule:
     def timesteps(self, steps: int, spacing: str = "leading") -> NDArray[Any]:
         """The training steps (steps,) that a grid visits, descending; fractional for "linspace".
 
-        "leading", "trailing" and "linspace" are diffusers' (Lin et al. 2023, arXiv:2305.08891, table 2), "leading"
-        with SDXL's `steps_offset` 1; "sgm" is the official code's. InputError for unknown spacings and for steps
-        outside 1..1000, or for a grid that would visit one level twice; a warning where a grid starts far below pure
-        noise.
+        "leading" (with SDXL's `steps_offset` 1), "trailing" and "linspace" are diffusers' (Lin et al. 2023,
+        arXiv:2305.08891, table 2), "sgm" is the official code's. InputError for an unknown spacing, steps outside
+        1..1000, or a level visited twice; a warning where a grid starts far below pure noise.
         """
         if not (isinstance(steps, int) and 1 <= steps <= TRAIN_STEPS):
             raise InputError(f"the number of steps must be a whole number from 1 to {TRAIN_STEPS}, found {steps!r}")

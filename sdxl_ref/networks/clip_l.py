@@ -3,7 +3,6 @@
 Attribute paths are the official checkpoint keys without `conditioner.embedders.0.transformer.`, which are those of
 transformers' `CLIPTextModel`. Source: that class; `FrozenCLIPEmbedder` (layer "hidden", index 11) in
 sgm/modules/encoders/modules.py; Radford et al. 2021 (arXiv:2103.00020).
-
 Shapes: b batch, n = 77 tokens, d width.
 """
 

@@ -1,5 +1,4 @@
 """What two or more of the networks share.
-
 Shapes: b batch, n tokens, d width.
 """
 

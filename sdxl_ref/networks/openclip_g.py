@@ -3,7 +3,6 @@
 Attribute paths are the official checkpoint keys without `conditioner.embedders.N.model.`, which are open_clip's own.
 Source: `TextTransformer` in open_clip's transformer.py; `FrozenOpenCLIPEmbedder2` (layer "penultimate", not legacy)
 in sgm/modules/encoders/modules.py.
-
 Shapes: b batch, n = 77 tokens, d width.
 """
 

@@ -3,7 +3,6 @@
 Attribute paths are the official checkpoint keys without the prefix `model.diffusion_model.`.
 Source: `UNetModel` in sgm/modules/diffusionmodules/openaimodel.py and `SpatialTransformer` in
 sgm/modules/attention.py of the official code; Podell et al. 2023, "SDXL" (arXiv:2307.01952), section 2.1.
-
 Shapes: b batch, c channels, h w latent height and width, n = h*w tokens, d width of the context.
 """
 

@@ -3,7 +3,6 @@
 Attribute paths are the official checkpoint keys without the prefix `first_stage_model.`.
 Source: `Encoder` and `Decoder` in sgm/modules/diffusionmodules/model.py, `AutoencodingEngineLegacy` in
 sgm/models/autoencoder.py; Rombach et al. 2022 (arXiv:2112.10752).
-
 Shapes: b batch, c channels, H W picture, h w latent (H/8, W/8 for four levels).
 """
 

@@ -95,6 +95,8 @@ class ImageToImagePipeline(Pipeline):
         """The picture or latents of a request on the device, and whether they are clean. InputError for other kinds."""
         if (r.image is None) == (r.latents is None):
             raise InputError("give either image or latents (noisy, at the first level that runs)")
+        if r.latents is not None and r.strength is None and r.denoising_start is None:
+            raise InputError("latents have no level: give the strength, or the denoising_start, at which they stand")
         given = r.latents if r.image is None else r.image
         clean = r.latents is None and r.denoising_start is None
         if not isinstance(given, Tensor):

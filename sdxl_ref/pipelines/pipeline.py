@@ -178,9 +178,9 @@ class Pipeline(Runnable):
         return Denoiser(self.unet, grid, positive, other, r.guidance_scale, r.guidance_rescale)
 
     def numbers(self, request: Request, size: Size) -> tuple[Numbers, Numbers]:
-        """Sizes and scores of both sides. What is not given is the picture's own size, and the same on both sides;
+        """Sizes and scores of both sides. What is not given is the picture's size, and the same on both sides.
 
-        but the negative crop is (0, 0) for image-to-image, and where another negative size is given.
+        Yet the negative crop is (0, 0) for image-to-image, and where another negative size is given.
         """
         r, original, target = request, request.original_size or size, request.target_size or size
         score = 6.0 if r.aesthetic_score is None else r.aesthetic_score

@@ -27,6 +27,11 @@ def test_openclip(dtype: torch.dtype, bound: float) -> None:
     checks.check_openclip(dtype=dtype, bound=bound)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, checks.EXACT), (torch.float32, 5e-6)])
+def test_clip(dtype: torch.dtype, bound: float) -> None:
+    checks.check_clip(dtype, bound)
+
+
 def test_integer_and_fractional_timesteps() -> None:
     unet = peers.small_unet()
     x, context, y = checks.normal(1, 4, 8, 8, seed=0), checks.normal(1, 77, 64, seed=1), checks.normal(1, 1328, seed=2)
