@@ -17,7 +17,9 @@ _NAMES = {
     "networks.openclip_g": ["OpenCLIPTextEncoder"],
     "networks.unet": ["UNet"],
     "networks.vae": ["AutoencoderKL"],
+    "pipelines.ensemble": ["EnsemblePipeline"],
     "pipelines.image_to_image": ["ImageToImagePipeline"],
+    "pipelines.text_to_image": ["TextToImagePipeline"],
     "tokenizer": ["tokenize"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

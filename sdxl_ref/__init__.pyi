@@ -8,7 +8,9 @@ from sdxl_ref.networks.clip_l import CLIPTextEncoder as CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder as OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet as UNet
 from sdxl_ref.networks.vae import AutoencoderKL as AutoencoderKL
+from sdxl_ref.pipelines.ensemble import EnsemblePipeline as EnsemblePipeline
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline as ImageToImagePipeline
+from sdxl_ref.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
 from sdxl_ref.tokenizer import tokenize as tokenize
 
 __version__: str

@@ -31,7 +31,6 @@ from sdxl_ref.cli import main
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.images import from_tensor, load_image
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.saving import save_checkpoint
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
@@ -260,9 +259,12 @@ def test_a_prompt_over_77_tokens_runs_and_shows_what_was_cut(
     assert np.array_equal(pixels(here / "a.png"), pixels(here / "b.png"))
 
 
-def test_an_empty_prompt_warns(refine: Command, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refine(prompt=" ") == 0
-    assert capsys.readouterr().err == "warning: the prompt is empty\n"
+def test_an_empty_prompt_runs(refine: Command, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refine(prompt="", out="a.png") == 0
+    assert refine(prompt="a cat", out="b.png") == 0
+    assert capsys.readouterr().err == ""
+    assert settings(here / "a.png")[0]["prompt"] == ""
+    assert not np.array_equal(pixels(here / "a.png"), pixels(here / "b.png"))
 
 
 def test_stopped_from_the_keyboard(
@@ -285,14 +287,6 @@ def parameters(kind: str, part: str) -> int:
     return sum(p.numel() for p in build(part, config).parameters())
 
 
-@pytest.fixture(scope="session")
-def small_base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "small_base.safetensors"
-    torch.manual_seed(0)
-    save_checkpoint(path, SMALL_BASE, {p: build(p, SMALL_BASE) for p in prefixes(SMALL_BASE)}, torch.bfloat16)
-    return path
-
-
 @pytest.mark.parametrize("kind", ["refiner", "base"])
 def test_info(kind: str, small_refiner_file: Path, small_base_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = small_refiner_file if kind == "refiner" else small_base_file
@@ -304,7 +298,7 @@ def test_info(kind: str, small_refiner_file: Path, small_base_file: Path, capsys
     for part in prefixes(SMALL_REFINER if kind == "refiner" else SMALL_BASE):
         [line] = [line for line in lines if line.split()[0] == part]
         assert f"{parameters(kind, part):,} parameters" in line
-        assert line.endswith("F16" if kind == "refiner" else "BF16")
+        assert line.endswith("parameters  F16")
     assert "extras: none" in lines
     assert "sha256:" not in "".join(lines[:-1])
     assert lines[-1].startswith("VAE: unknown, tensors sha256 ")

@@ -1,4 +1,4 @@
-"""The README is true: its Python and its commands run, on a small refiner under the official file's name."""
+"""The README is true: its Python and its commands run, on small models under the official files' names."""
 
 import re
 import shlex
@@ -20,9 +20,10 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, small_refiner_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a photo and a checkpoint, under the README's names."""
+def place(tmp_path: Path, small_refiner_file: Path, small_base_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a photo and two checkpoints, under the README's names."""
     shutil.copy(small_refiner_file, tmp_path / "sd_xl_refiner_1.0.safetensors")
+    shutil.copy(small_base_file, tmp_path / "sd_xl_base_1.0.safetensors")
     Image.open(str(files("sdxl_ref") / "data" / "photo.jpg")).resize((72, 64)).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -37,12 +38,17 @@ def test_python(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == promised
 
 
-def test_commands(place: Path) -> None:
+def test_commands(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands as they stand; those that make new pictures at a small size."""
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sdxl-ref")]
-    assert len(lines) >= 2
+    assert len(lines) >= 5
     for line in lines:
-        assert main(shlex.split(line, comments=True)[1:]) == 0
+        small = ["--height", "64", "--width", "64"] if "generate" in line else []
+        assert main([*shlex.split(line, comments=True)[1:], *small]) == 0
     assert (place / "photo-refined.png").exists()
+    assert (place / "generated.png").exists()
+    [promised] = re.findall(r"^plan: base .*", README, re.MULTILINE)
+    assert promised in capsys.readouterr().out
 
 
 def test_make_targets_exist() -> None:

@@ -99,7 +99,7 @@ def test_low_memory_is_the_same_run_with_one_network_at_a_time(small_base_file: 
 def test_the_plan_tells_who_evaluates_what() -> None:
     plan = EnsemblePipeline.plan(EnsembleRequest(prompt="", num_inference_steps=50, sampler="heun"))
     assert plan.evaluations == (79, 20)  # 40 steps start in the base; the second half of the last one is below
-    assert str(plan) == "base 79 evaluations, sigma 13.16 → 0.5234; refiner 20, 0.5234 → 0"
+    assert str(plan) == "base 79 evaluations, sigma 13.12 → 0.527; refiner 20, 0.527 → 0"
 
 
 def test_first_noise_has_the_scale_of_spacing_and_sampler(base: TextToImagePipeline) -> None:

@@ -1,7 +1,6 @@
 """`sdxl-ref refine`: a photo and a prompt in, a refined picture out."""
 
 import argparse
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,8 +29,6 @@ def run(a: argparse.Namespace) -> None:
     out = a.out or Path(f"{Path(a.image).stem}-refined.png")
     writable(out, a.save_latents)
     device = pick_device(a.device)
-    if not a.prompt.strip():
-        warnings.warn("the prompt is empty", stacklevel=1)
     loaded = load_image(a.image)
     picture = fit(loaded, MAX_PIXELS)
     named = "prompt negative_prompt strength strength_rule guidance_scale guidance_rescale aesthetic_score"
