@@ -38,14 +38,13 @@ class UNetConfig:
             )
         widths = [self.model_channels * m for level, m in enumerate(self.channel_mult) if self.has_attention(level)]
         widths.append(self.model_channels * self.channel_mult[-1])  # the middle block always has attention
-        if any(width % self.num_head_channels for width in widths):
+        if self.num_head_channels < 1 or any(width % self.num_head_channels for width in widths):
             raise InputError(f"num_head_channels {self.num_head_channels} must divide the attention widths {widths}")
 
     @property
     def depths(self) -> tuple[int, ...]:
         """Transformer blocks per attention, one number per level; the last one is the middle block's too."""
-        depth = self.transformer_depth
-        return (depth,) * len(self.channel_mult) if isinstance(depth, int) else tuple(depth)
+        return (d,) * len(self.channel_mult) if isinstance(d := self.transformer_depth, int) else tuple(d)
 
     def has_attention(self, level: int) -> bool:
         return 2**level in self.attention_resolutions
@@ -63,6 +62,10 @@ class TextEncoderConfig:
     vocab_size: int = 49408
     context_length: int = 77
 
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise InputError(f"heads must divide the width {self.width}, found {self.heads!r}")
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -78,8 +81,10 @@ class VAEConfig:
     scale_factor: float = 0.13025
 
     def __post_init__(self) -> None:
-        if self.ch % 32:
-            raise InputError(f"ch must be a multiple of 32, found {self.ch}")
+        if self.ch % 32 or not self.scale_factor > 0:
+            raise InputError(
+                f"expected ch a multiple of 32, scale_factor above 0, found {self.ch}, {self.scale_factor}"
+            )
 
 
 @dataclass(frozen=True)

@@ -525,10 +525,7 @@ def assert_one_line(captured: Any, message: str) -> None:
     assert captured.err.endswith("\n")
 
 
-LOGVAR = pytest.mark.xfail(strict=True, reason="pipeline.py looks at the mean alone: the UNet is named")
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=LOGVAR if "log variances" in case else ()) for case in BAD])
+@pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_status_2_and_no_file(
     case: str, refine: Command, here: Path, tmp_path: Path, small_refiner_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,10 +121,7 @@ class NoiseSchedule:
         return float(self.sigmas[t]) if t < TRAIN_STEPS else math.inf
 
     def initial_scale(self, sigmas: Tensor, spacing: str) -> float:
-        """What unit noise is multiplied by at the start of text-to-image.
-
-        sqrt(1 + sigma^2) for "leading" and "sgm"; sigma for "trailing" and "linspace", as diffusers' Euler does.
-        """
+        """What unit noise starts with: sigma for "trailing", "linspace" (diffusers' Euler), else sqrt(1 + sigma^2)."""
         first = float(sigmas[0])
         return first if spacing in ("trailing", "linspace") else math.sqrt(1.0 + first**2)
 

@@ -197,7 +197,7 @@ class Pipeline(Runnable):
         """
         encoded = [self.vae.encode(each) for each in images.to(next(self.vae.parameters())).split(1)]  # type: ignore[operator]
         mean, logvar = torch.cat([e.mean for e in encoded]), torch.cat([e.logvar for e in encoded])
-        posterior = Posterior(check_finite("the VAE's encoder", mean), logvar)
+        posterior = Posterior(*(check_finite("the VAE's encoder", each) for each in (mean, logvar)))
         if isinstance(generator, list):
             posterior, copies = Posterior(*(t.repeat_interleave(copies, 0) for t in (mean, logvar))), 1
         latents = posterior.sample(generator).repeat_interleave(copies, 0)
