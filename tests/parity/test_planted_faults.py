@@ -69,7 +69,7 @@ def quick_gelu_for_gelu(patch: Patch) -> None:
 
 def height_and_width_swapped(patch: Patch) -> None:
     tensor = conditioning.Numbers.tensor
-    patch.setattr(conditioning.Numbers, "tensor", lambda self: tensor(self)[[1, 0, 2, 3, 4]])
+    patch.setattr(conditioning.Numbers, "tensor", lambda self, kind: tensor(self, kind)[[1, 0, 2, 3, 4]])
     checks.check_pipeline()
 
 
