@@ -78,8 +78,10 @@ def child(*command: object) -> Measured:
 
 
 def compare(what: str, times: dict[str, list[float]], limit: float | None) -> Row:
+    """Medians of both, and the median of the turns' ratios: what slows a whole turn down falls out of it."""
     ours, theirs = (statistics.median(times[side]) for side in SIDES)
-    return Row(what, f"{ours:.2f} s", f"{theirs:.2f} s", ours / theirs, limit)
+    ratio = statistics.median(a / b for a, b in zip(*(times[side] for side in SIDES), strict=True))
+    return Row(what, f"{ours:.2f} s", f"{theirs:.2f} s", ratio, limit)
 
 
 def compare_memory(what: str, peaks: dict[str, list[int]], limit: float | None, copies: bool = False) -> Row:
@@ -99,7 +101,7 @@ def bench_unet(s: Setting) -> Iterator[Row]:
         what = f"UNet forward, {pixels} px, batch {batch}, {dtype}{kind}"
         say(what)
         options = ["--dtype", dtype, "--pixels", pixels, "--batch", batch, "--device", s.device]
-        options += ["--repeats", max(5, s.repeats) if s.device == "cpu" else 20, *["--compile"] * compiled]
+        options += ["--repeats", max(8, s.repeats) if s.device == "cpu" else 20, *["--compile"] * compiled]
         found = json.loads(child(HERE / "unet_forward.py", s.file, *options).output.splitlines()[-1])
         say(f"  {found['where']}; distance of the outputs {found['distance']:.1e}")
         say("  " + "; ".join(f"{side} " + " ".join(f"{t:.3f}" for t in found[side]) for side in SIDES))
@@ -123,7 +125,7 @@ def bench_open(s: Setting) -> Iterator[Row]:
             warm(s.file)
             return child(HERE / "opening.py", side, s.file, s.folder, dtype)
 
-        runs = by_turns(run, max(3, s.repeats))
+        runs = by_turns(run, max(4, s.repeats))
         yield compare(f"open the float16 file as {dtype}", printed(runs), limit)
         peaks = {side: [m.peak_anonymous for m in runs[side]] for side in SIDES}
         bound = 1.1 if dtype == "float32" else None
@@ -201,9 +203,7 @@ def markdown(rows: list[Row], device: str, gpu: bool) -> str:
     table = [head, ("---",) * len(head), *(row.cells() for row in rows)]
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     notes = [f"Machine: {machine()}.", f"Versions: {versions()}."]
-    notes.append(
-        "Medians; the two sides take turns, and the file lies in the page cache. A ratio is ours over diffusers'."
-    )
+    notes.append("Medians over turns, of ratios too: ours over diffusers'. The file lies in the page cache.")
     if device == "cpu" and not gpu:
         notes.append(
             "There is no GPU table: no GPU was to be had. `python benchmarks/bench.py --device cuda` makes it."
