@@ -127,9 +127,21 @@ def bench_open(s: Setting) -> Iterator[Row]:
 
         runs = by_turns(run, max(4, s.repeats))
         yield compare(f"open the float16 file as {dtype}", printed(runs), limit)
+        if dtype == "float32":
+            yield floor(statistics.median(printed(runs)["diffusers"]), max(4, s.repeats))
         peaks = {side: [m.peak_anonymous for m in runs[side]] for side in SIDES}
         bound = 1.1 if dtype == "float32" else None
         yield compare_memory(f"open as {dtype}: peak RssAnon", peaks, bound, copies=dtype == "float32")
+
+
+def floor(diffusers: float, repeats: int) -> Row:
+    """The system's price of so much new memory: what no way of opening as float32 can go under."""
+    program = "import time, torch; began = time.perf_counter(); torch.empty({}).fill_(1); "
+    program += "print(time.perf_counter() - began)"
+    runs = [child("-c", program.format(FLOAT32_WEIGHTS // 4)) for _ in range(repeats)]
+    ours = statistics.median(float(m.output) for m in runs)
+    say("  first touch " + " ".join(m.output.strip() for m in runs))
+    return Row("of which: writing to so much new memory, once", f"{ours:.2f} s", "", ours / diffusers)
 
 
 def bench_cold(s: Setting) -> Iterator[Row]:
