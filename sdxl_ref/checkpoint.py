@@ -5,15 +5,17 @@ of the weights in the wanted dtype. Only safetensors is opened, never a pickle.
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
@@ -88,25 +90,31 @@ class Checkpoint:
         known = self.config in (REFINER_1_0, BASE_1_0)
         return f"SD-XL 1.0 {self.config.kind} (by its keys and shapes)" if known else f"SDXL-like {self.config.kind}"
 
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function that reads a tensor by its key; what it returns may be mapped until the context ends."""
+        with safe_open(self.path, framework="pt") as file:
+            yield file.get_tensor
+
     def load(self, part: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         """One part (a key of `prefixes`), for inference: in eval mode, without gradients."""
         network, prefix = build_empty(part, self.config), prefixes(self.config)[part]
-        state = {}
-        with safe_open(self.path, framework="pt") as file:
-            for key in network.state_dict():
-                if prefix + key in self.shapes:
-                    state[key] = file.get_tensor(prefix + key).to(device=device, dtype=dtype)
-                else:  # the one optional key, see `_check`
-                    state[key] = torch.tensor(LOGIT_SCALE, device=device, dtype=dtype)
+        state, keys = {}, list(network.state_dict())
+        for i in range(0, len(keys), 64):  # mapped pages count as memory until their file is closed
+            with self.reader() as read:
+                for key in keys[i : i + 64]:
+                    found = prefix + key in self.shapes  # `logit_scale` is optional, see `check`
+                    tensor = read(prefix + key) if found else torch.tensor(LOGIT_SCALE)
+                    state[key] = tensor.to(device=device, dtype=dtype)
         network.load_state_dict(state, strict=True, assign=True)
         return network.eval().requires_grad_(False)
 
     def vae_name(self, digest: str) -> str:
         """Which VAE a file holds: its release where the file's sha256 is known, and always a hash of its tensors."""
         tensors, prefix = hashlib.sha256(), prefixes(self.config)["vae"]
-        with safe_open(self.path, framework="pt") as file:
+        with self.reader() as read:
             for key in sorted(key for key in self.shapes if key.startswith(prefix)):
-                tensors.update(file.get_tensor(key).view(torch.uint8).numpy())
+                tensors.update(read(key).contiguous().view(torch.uint8).numpy().data)
         return f"{KNOWN_FILES.get(digest, ('', 'unknown'))[1]}, tensors sha256 {tensors.hexdigest()}"
 
     def sha256(self) -> str:
@@ -118,19 +126,23 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a safetensors file in the official layout, or a folder that holds just one.
+def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
+    """Open a safetensors file in the official layout, a folder that holds just one, or a folder in diffusers' layout.
 
     InputError says what was expected and found: no such file, a pickle, no safetensors, another model's keys, a
     missing, unexpected or misshapen tensor.
     """
+    if os.path.isfile(Path(path) / "model_index.json"):
+        from sdxl_ref.folder import open_folder
+
+        return open_folder(Path(path), variant)
     path = _file(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
         config, note = identify(shapes, metadata, path)
-        _check(config, shapes, path)
+        check(config, shapes, path)
     except InputError:
         raise
     except (SafetensorError, OSError) as error:
@@ -142,17 +154,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _file(path: Path) -> Path:
     if path.suffix.lower() in PICKLES:
+        way = "safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], OUT)"
         raise InputError(
-            f"{path} is a pickle, which can run any code when opened: expected a safetensors file; if you trust it, "
-            "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], OUT)"
+            f"{path} is a pickle, which can run any code: expected safetensors; if you trust it, run {way}"
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(each.name for each in found) or "none"
             raise InputError(f"expected one .safetensors file in the folder {path}, found {names}: name the file")
         return found[0]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no such checkpoint: {path}")
     return path
 
@@ -175,7 +187,7 @@ def identify(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str],
     return config, f"no {CONFIG_KEY} in the metadata: sizes read from the shapes, 64 channels a head assumed"
 
 
-def _check(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+def check(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Every key of every part there, in its shape, and nothing else but known extras; `logit_scale` may be missing."""
     expected: dict[str, tuple[int, ...]] = {}
     for part, prefix in prefixes(config).items():

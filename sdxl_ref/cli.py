@@ -13,6 +13,7 @@ from sdxl_ref.config import InputError
 COMMANDS = {  # each a module of sdxl_ref.commands with `arguments(parser)` and `run(arguments)`
     "refine": "refine a picture under a prompt",
     "generate": "make pictures from a prompt: base, ensemble of experts, or two stages",
+    "evaluate": "measure a base and a refiner that paint scenes",
     "info": "tell what a checkpoint is",
 }
 
@@ -26,10 +27,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+        silent = action.default is False or action.default in (None, "")  # 0 is told
+        return action.help if silent else super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold what the terminal cannot show
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     top = Parser(prog="sdxl-ref", description="Stable Diffusion XL's refiner, and the system around it.")
     top.add_argument("--version", action="version", version=f"sdxl-ref {__version__}")

@@ -29,13 +29,11 @@ class UNetConfig:
     adm_in_channels: int  # width of the vector `y`
 
     def __post_init__(self) -> None:
-        if self.model_channels % 32:
-            raise InputError(f"model_channels must be a multiple of 32, found {self.model_channels}")
+        if self.model_channels % 32 or self.channel_mult[:1] != (1,):
+            found = f"{self.model_channels}, {self.channel_mult}"
+            raise InputError(f"expected model_channels a multiple of 32, channel_mult from 1 on, found {found}")
         if len(self.depths) != len(self.channel_mult):
-            raise InputError(
-                f"transformer_depth must be one number or one per level of channel_mult ({len(self.channel_mult)}), "
-                f"found {self.transformer_depth}"
-            )
+            raise InputError(f"transformer_depth must be a number or one per level, found {self.transformer_depth}")
         widths = [self.model_channels * m for level, m in enumerate(self.channel_mult) if self.has_attention(level)]
         widths.append(self.model_channels * self.channel_mult[-1])  # the middle block always has attention
         if self.num_head_channels < 1 or any(width % self.num_head_channels for width in widths):
@@ -82,9 +80,8 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         if self.ch % 32 or not self.scale_factor > 0:
-            raise InputError(
-                f"expected ch a multiple of 32, scale_factor above 0, found {self.ch}, {self.scale_factor}"
-            )
+            found = f"{self.ch}, {self.scale_factor}"
+            raise InputError(f"expected ch a multiple of 32, scale_factor above 0, found {found}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,7 @@ class ModelConfig:
     unet: UNetConfig
     text_encoders: tuple[TextEncoderConfig, ...]
     vae: VAEConfig
+    resolution: int = 1024  # pixels a side of the pictures it was trained on
 
     @property
     def kind(self) -> str:
@@ -111,7 +109,10 @@ class ModelConfig:
         try:
             raw = json.loads(text, object_hook=lambda d: {k: tuple(v) if type(v) is list else v for k, v in d.items()})
             encoders = tuple(TextEncoderConfig(**each) for each in raw["text_encoders"])
-            return ModelConfig(UNetConfig(**raw["unet"]), encoders, VAEConfig(**raw["vae"]))
+            vae, resolution = VAEConfig(**raw["vae"]), int(raw.get("resolution", 1024))
+            if resolution < 8 or resolution % 8:
+                raise ValueError(f"resolution {resolution} is no multiple of 8")
+            return ModelConfig(UNetConfig(**raw["unet"]), encoders, vae, resolution)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"expected a configuration written by sdxl_ref, found {text[:60]!r} ({error})") from error
 

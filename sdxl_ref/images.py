@@ -1,6 +1,5 @@
 """Pictures in and out: PIL <-> tensor, one rule for sizes, and PNG files that carry their settings."""
 
-import io
 import json
 import math
 import os
@@ -28,10 +27,8 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
         return to_rgb(source)
     name = os.fspath(source)
     try:
-        if name.startswith(("http://", "https://")):
-            with urllib.request.urlopen(name, timeout=60) as response:
-                return to_rgb(Image.open(io.BytesIO(response.read())))
-        with Image.open(name) as image:
+        remote = name.startswith(("http://", "https://"))
+        with Image.open(urllib.request.urlopen(name, timeout=60) if remote else name) as image:
             return to_rgb(image)
     except FileNotFoundError as error:
         raise InputError(f"no such picture: {name}") from error

@@ -194,3 +194,56 @@ def with_text_model(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(key found, key with `text_model.`): transformers 5 writes `CLIPTextModel` without the prefix, older with it."""
     for key in keys:
         yield key, key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
+
+
+PARTS: dict[str, Part] = {"unet": "unet", "vae": "vae", "text_encoder": "clip_l", "text_encoder_2": "openclip_g"}
+KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te1_",), "text_encoder_2": ("lora_te2_", "lora_te_")}
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a layer of an adapter acts: on a matrix or kernel of a part, by its official name.
+
+    With `count` above 1 on one of so many equal blocks of its rows: q, k or v of a stacked projection.
+    """
+
+    part: str
+    key: str  # official, without the part's prefix
+    index: int = 0
+    count: int = 1
+    transposed: bool = False  # x @ W, where an adapter holds factors of W's transpose
+
+    def block(self, weight: Tensor) -> Tensor:
+        """The rows of the official tensor that the adapter changes: a view."""
+        rows = weight.chunk(self.count)[self.index]
+        return rows.T if self.transposed else rows
+
+
+def places(part: str, network_rules: Iterable[Rule]) -> dict[str, Place]:
+    """Every layer's name in diffusers' layout, and in the official one, -> its place; one-dimensional ones too."""
+    found: dict[str, Place] = {}
+    for rule in network_rules:
+        if not rule.official.endswith(("weight", "text_projection")):
+            continue
+        count, transposed = max(1, len(rule.other)), rule.kind == "transpose"
+        found[module_of(rule.official)] = Place(part, rule.official, transposed=transposed)
+        for i, other in enumerate(rule.other):
+            found[module_of(other)] = Place(part, rule.official, i, count, transposed)
+    return found
+
+
+def module_of(key: str) -> str:
+    """The layer that a weight belongs to: `a.b.weight` -> `a.b`; `attn.in_proj_weight` -> `attn.in_proj`."""
+    return key.removesuffix(".weight").removesuffix("_weight")
+
+
+def adapter_names(part: str, official_prefix: str, network_rules: Iterable[Rule]) -> dict[str, Place]:
+    """Every name under which files of adapters know a layer of this part: PEFT's and diffusers', kohya's, official."""
+    found: dict[str, Place] = {}
+    for name, place in places(part, network_rules).items():
+        dotted = [f"{part}.{name}", f"{official_prefix}{name}"]
+        if part == "unet":
+            dotted.append(f"diffusion_model.{name}")
+        for each in (*dotted, *(prefix + name.replace(".", "_") for prefix in KOHYA.get(part, ()))):
+            found[each] = place
+    return found

@@ -215,6 +215,22 @@ def diffusers_text2img(scheduler: str = "EulerDiscreteScheduler", spacing: str =
     return pipeline
 
 
+def diffusers_base_img2img(scheduler: str = "EulerDiscreteScheduler") -> Any:
+    """The base's own parts in the pipeline that goes on from noisy latents."""
+    import diffusers
+
+    parts = {
+        k: v
+        for k, v in diffusers_text2img(scheduler).components.items()
+        if k not in ("image_encoder", "feature_extractor")
+    }
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
+        **parts, requires_aesthetics_score=False, force_zeros_for_empty_prompt=True, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def diffusers_img2img(scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading", **config: Any) -> Any:
     import diffusers
 

@@ -19,20 +19,35 @@ FLOORS = [  # from the top: a module may import from its own floor and from thos
     ["diffusion.schedule"],
     ["diffusion.denoiser"],
     ["diffusion.samplers", "diffusion.higher_order"],
+    ["pocket.models"],
     ["layouts"],
     ["identify"],
-    ["checkpoint"],
-    ["saving", "on_demand"],
+    ["checkpoint", "folder"],
+    ["saving", "on_demand", "lora"],
     ["conditioning"],
     ["pipelines.pipeline", "pipelines.result"],
     ["pipelines.image_to_image", "pipelines.text_to_image"],
     ["pipelines.ensemble"],
+    ["sheets"],
+    ["training.loop", "training.diffusion"],
+    ["pocket.scenes", "pocket.distance"],
+    ["pocket.judge"],
+    ["pocket.recipe", "pocket.evaluate"],
     ["commands.common"],
-    ["commands.refine", "commands.generate", "commands.info"],
+    ["commands.refine", "commands.generate", "commands.info", "commands.evaluate"],
     ["cli"],
     ["demo"],
 ]
-FREE = {"", "networks", "diffusion", "pipelines", "commands", "__main__"}  # package markers and entry points
+FREE = {
+    "",
+    "networks",
+    "diffusion",
+    "pipelines",
+    "training",
+    "pocket",
+    "commands",
+    "__main__",
+}  # package markers and entry points
 PEERS = {"open_clip", "torchvision", "transformers", "diffusers", "weights_convert", "timm"}
 
 

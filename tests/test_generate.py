@@ -24,7 +24,7 @@ def test_base_alone(base: list[str], capsys: pytest.CaptureFixture[str]) -> None
         assert picture.size == (72, 64)
         settings = json.loads(picture.text["sdxl_ref"])  # type: ignore[attr-defined]
     assert settings["seed"] == 3
-    assert settings["unconditional"] == "base zeros, refiner the empty prompt"
+    assert settings["unconditional"] == "base zeros"
     assert len(settings["checkpoint"]["sha256"]) == 64
 
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from sdxl_ref.config import InputError
-from sdxl_ref.diffusion.schedule import SPACINGS, NoiseSchedule, strength_steps, strength_steps_sgm
+from sdxl_ref.diffusion.schedule import SPACINGS, NoiseSchedule, strength_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 SCHEDULE = NoiseSchedule()
@@ -239,6 +239,10 @@ def test_initial_scale(spacing: str, steps: int, scale: float) -> None:
     assert SCHEDULE.initial_scale(SCHEDULE.discretize(steps, spacing), spacing) == pytest.approx(
         scale, abs=5e-3 if spacing == "leading" else 5e-5
     )
+
+
+def strength_steps_sgm(steps: int, strength: float) -> int:
+    return strength_steps(steps, strength, "sgm")
 
 
 RULES = [(strength_steps, lambda n, k: n * k // 100), (strength_steps_sgm, lambda n, k: (n + 1) * k // 100 - 1)]

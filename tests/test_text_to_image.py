@@ -150,8 +150,8 @@ def test_bad_input(base: TextToImagePipeline, case: str) -> None:
         ({"switch": 0.001}, "the base would run 0 steps"),
         ({"switch_sigma": 0.001}, "the refiner would run 0 steps"),
         ({"switch_sigma": 50.0}, "the base would run 0 steps"),
-        ({"switch_step": 50}, "the refiner would run 0 steps"),
-        ({"switch_step": 51}, "from 0 to 50"),
+        ({"switch_step": 50}, "one expert would run 0 steps: expected from 1 to 49"),
+        ({"switch_step": 0}, "one expert would run 0 steps: expected from 1 to 49"),
         ({"switch": 0.8, "switch_step": 3}, "give one of them"),
     ],
 )

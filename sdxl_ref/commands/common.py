@@ -13,7 +13,7 @@ from sdxl_ref.diffusion.samplers import SAMPLERS
 
 
 def sampling(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--prompt", required=True)
+    p.add_argument("--prompt", required=True, help="what the picture shows")
     p.add_argument("--negative-prompt", help="what to steer away from")
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
     p.add_argument("--guidance-scale", type=float, default=5.0, help="1 or less: no guidance")
@@ -21,7 +21,7 @@ def sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sampler", default="euler", help=", ".join(SAMPLERS))
     p.add_argument("--spacing", default="leading", help="leading, trailing, linspace or sgm")
     p.add_argument("--karras", action="store_true", help="Karras sigmas between the ends of the spacing")
-    p.add_argument("--seed", type=seed, default=0)
+    p.add_argument("--seed", type=seed, default=0, help="of the noise; the same seed gives the same picture")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="where the picture goes")
@@ -49,9 +49,12 @@ def pick_device(name: str) -> torch.device:
 
 def writable(*paths: Path | None) -> None:
     """InputError unless files can be written there: found out before the work, not after it."""
-    for path in filter(None, paths):
-        fits = len(os.fsencode(path.name)) <= 255 and not path.is_dir()
-        if not (fits and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+    given = [path for path in paths if path is not None]
+    if len(set(given)) < len(given):
+        raise InputError(f"two files cannot both be written to {given[0]}: name another one")
+    for path in given:
+        fits = len(os.fsencode(path.name)) <= 255 and not os.path.isdir(path)
+        if not (fits and os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
             raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
 
 

@@ -1,15 +1,15 @@
 """`sdxl-ref generate`: a prompt in, pictures out, by the base alone, the ensemble, or the base and then SDEdit."""
 
 import argparse
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sdxl_ref.checkpoint import open_checkpoint
 from sdxl_ref.commands.common import identity, pick_device, sampling, writable
 from sdxl_ref.config import InputError
 from sdxl_ref.images import from_tensor, save_png
@@ -18,6 +18,7 @@ from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
 from sdxl_ref.saving import save_latents
+from sdxl_ref.sheets import contact_sheet
 
 SHARED = ["prompt", "negative_prompt", "guidance_scale", "guidance_rescale", "sampler", "spacing", "karras"]
 BASE_ONLY = ("prompt_2", "negative_prompt_2", "height", "width")
@@ -26,15 +27,15 @@ SWITCHES = ("switch", "switch_sigma", "switch_step")
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--base", required=True, type=Path, metavar="FILE", help="safetensors, official layout")
+    p.add_argument("--base", required=True, type=Path, metavar="FILE", help="safetensors, official layout; or a folder")
     p.add_argument("--refiner", type=Path, metavar="FILE", help="finish with it: as an ensemble, or see --two-stage")
     p.add_argument("--switch", type=float, help="ensemble: hand-off after this share of the training steps (0.8)")
     p.add_argument("--switch-sigma", type=float, help="ensemble: hand-off below this noise level, instead")
     p.add_argument("--switch-step", type=int, help="ensemble: hand-off after this number of steps, instead")
     p.add_argument("--two-stage", action="store_true", help="a whole run of the base, then SDEdit by the refiner")
     p.add_argument("--strength", type=float, help="share of the steps that the second stage runs (0.3)")
-    p.add_argument("--height", type=int, default=1024)
-    p.add_argument("--width", type=int, default=1024)
+    p.add_argument("--height", type=int, help="a multiple of 8; without it, that of the training pictures (1024)")
+    p.add_argument("--width", type=int, help="likewise")
     p.add_argument("--prompt-2", help="for the second text encoder; without it, the prompt")
     p.add_argument("--negative-prompt-2", help="for the second text encoder; without it, the negative prompt")
     p.add_argument("--aesthetic-score", type=float, help="refiner: of the picture wanted (6.0)")
@@ -61,72 +62,82 @@ def run(a: argparse.Namespace) -> None:
     check(a)
     out = a.out or Path("generated.png")
     outs = [out.with_stem(f"{out.stem}-{i}") for i in range(a.num_images)] if a.num_images > 1 else [out]
-    writable(out, *outs, a.save_latents)
-    given = {name: getattr(a, name) for name in SHARED}
-    generator = [torch.Generator().manual_seed(a.seed + i) for i in range(a.num_images)]
-    common = given | {"num_inference_steps": a.steps, "generator": generator}
+    writable(*dict.fromkeys((*outs, out)), a.save_latents)
+    seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
+    common = {name: getattr(a, name) for name in SHARED} | {"num_inference_steps": a.steps}
+    common["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     first = common | {name: getattr(a, name) for name in BASE_ONLY} | {"num_images_per_prompt": a.num_images}
     scores = {name: getattr(a, name) for name in SCORES}
-    options: dict[str, Any] = {"dtype": getattr(torch, a.dtype), "device": pick_device(a.device)}
-    if a.low_memory:
-        options["slot"] = Slot()
+    ensemble = a.refiner is not None and not a.two_stage
+    if ensemble:
+        request: Any = EnsembleRequest(**first, **scores, **{name: getattr(a, name) for name in SWITCHES})
+    else:
+        request = TextToImageRequest(**first)
+    second = ImageToImageRequest(**common | {"prompt": [a.prompt] * a.num_images}, **scores, strength=a.strength)
+    plans: list[Any] = [(EnsemblePipeline if ensemble else TextToImagePipeline).plan(request)]
+    plans += [ImageToImagePipeline.plan(second)] if a.two_stage else []
+    for plan in plans:
+        print(f"plan: {plan}", flush=True)
 
+    base, refiner = pipelines(a)
     with torch.no_grad():
-        if a.refiner is not None and not a.two_stage:
-            ensemble = EnsembleRequest(**first, **scores, **{name: getattr(a, name) for name in SWITCHES})
-            plans: list[Any] = [EnsemblePipeline.plan(ensemble)]
-            pipe = EnsemblePipeline.from_single_file(a.base, a.refiner, **options)
-            base, refiner = pipe.base, pipe.refiner
-            latents = drain(pipe, ensemble, plans[0])
-        else:
-            request = TextToImageRequest(**first)
-            plans = [TextToImagePipeline.plan(request)]
-            second = ImageToImageRequest(**common, **scores, strength=a.strength)
-            if a.two_stage:
-                plans.append(ImageToImagePipeline.plan(second))
-            base, refiner = TextToImagePipeline.from_single_file(a.base, **options), None
-            if a.two_stage:
-                refiner = ImageToImagePipeline.from_single_file(a.refiner, **options, vae=base.vae)
-            latents = drain(base, request, plans[0])
-            if refiner is not None:
-                prompts = [a.prompt] * a.num_images
-                second = ImageToImageRequest(
-                    **common | {"prompt": prompts}, **scores, strength=a.strength, image=latents
-                )
-                latents = drain(refiner, second, plans[1])
+        pipe: Any = EnsemblePipeline(base, refiner) if ensemble and refiner is not None else base
+        latents = drain(pipe, request, plans[0])
+        if a.two_stage:
+            latents = drain(refiner, replace(second, image=latents), plans[1])
         pictures = from_tensor(base.decode(latents))
-
-    settings = given | {name: getattr(a, name) for name in (*BASE_ONLY, *SCORES, *SWITCHES, "strength", "dtype")}
-    settings |= {"command": "generate", "num_inference_steps": a.steps, "size": f"{a.width}x{a.height}"}
-    settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
-    absent = a.negative_prompt is None and a.negative_prompt_2 is None
-    settings["unconditional"] = "base zeros, refiner the empty prompt" if absent else "negative prompt encoded"
-    settings |= identity(base.checkpoint) if base.checkpoint else {}
-    if refiner is not None and refiner.checkpoint is not None:
-        settings["refiner_checkpoint"] = identity(refiner.checkpoint)["checkpoint"]
+    settings = record(a, base, refiner, plans) | {"size": "{}x{}".format(*pictures[0].size)}
     if a.save_latents:
         save_latents(a.save_latents, latents, 0.0)
-    for i, (path, picture) in enumerate(zip(outs, pictures, strict=True)):
-        save_png(picture, path, settings | {"seed": a.seed + i})
+    for seed, path, picture in zip(seeds, outs, pictures, strict=True):
+        save_png(picture, path, settings | {"seed": seed})
     if a.num_images > 1:
         save_png(contact_sheet(pictures), out, settings | {"seed": a.seed, "images": a.num_images})
     print(f"wrote {', '.join(str(path) for path in dict.fromkeys([*outs, out]))}")
 
 
+def pipelines(a: argparse.Namespace) -> tuple[TextToImagePipeline, ImageToImagePipeline | None]:
+    """Open the base, and the refiner where one is given; it decodes by the base's VAE."""
+    options: dict[str, Any] = {"dtype": getattr(torch, a.dtype), "device": pick_device(a.device)}
+    if a.low_memory:
+        options["slot"] = Slot()
+    if a.refiner is not None:  # a wrong file is found out before the base is read
+        ImageToImagePipeline.check(open_checkpoint(a.refiner).config)
+    base, refiner = TextToImagePipeline.from_single_file(a.base, **options), None
+    if a.refiner is not None:
+        refiner = ImageToImagePipeline.from_single_file(a.refiner, **options, vae=base.vae)
+    for pipe in filter(None, (base, refiner)):
+        assert pipe.checkpoint is not None
+        print(f"{pipe.checkpoint.path.name}: {pipe.checkpoint.name}, {a.dtype} on {pipe.device}")
+        if pipe.checkpoint.note:
+            print(f"note: {pipe.checkpoint.note}")
+    return base, refiner
+
+
+def record(
+    a: argparse.Namespace, base: TextToImagePipeline, refiner: ImageToImagePipeline | None, plans: list[Any]
+) -> dict[str, Any]:
+    """Everything that it takes to make the pictures again but their size and seed."""
+    assert base.checkpoint is not None
+    own = ["command", "dtype", *SHARED, *BASE_ONLY]
+    settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
+    settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
+    settings |= identity(base.checkpoint)
+    zeros = a.negative_prompt is None and a.negative_prompt_2 is None
+    sides = [f"base {'zeros' if zeros else 'negative prompt encoded'}"]
+    if refiner is not None and refiner.checkpoint is not None:
+        sides.append("refiner negative prompt encoded, empty where none is given")
+        settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
+        if a.two_stage:
+            settings["strength"] = 0.3 if a.strength is None else a.strength
+        weights = {"file": refiner.checkpoint.path.name, "sha256": refiner.checkpoint.sha256()}
+        settings["refiner_checkpoint"] = weights  # its VAE is not used: the base's decodes
+    settings["unconditional"] = "; ".join(sides) if a.guidance_scale > 1 else "none"
+    return settings
+
+
 def drain(pipe: Any, request: Any, plan: Any) -> Tensor:
-    """Print the plan, run it under a progress bar, and return the final latents (b,4,h,w)."""
-    print(f"plan: {plan}", flush=True)
+    """Run a plan under a progress bar, and return the final latents (b,4,h,w)."""
     for step in tqdm(pipe.steps(request), total=len(plan.grid.timesteps), unit="step", disable=None):
         latents = step.x
     return latents
-
-
-def contact_sheet(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size in a grid, row by row, with 8 white pixels between them."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].width + 8, pictures[0].height + 8
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * width - 8, rows * height - 8), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet

@@ -1,7 +1,6 @@
 """`sdxl-ref refine`: a photo and a prompt in, a refined picture out."""
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,7 +16,9 @@ MAX_PIXELS = 1024 * 1024  # the area SDXL was trained at; larger pictures are sh
 def arguments(p: argparse.ArgumentParser) -> None:
     size = "shrunk to at most 1024x1024 pixels of area, then cropped around the centre to multiples of 8"
     p.add_argument("image", help=f"a picture of any kind and size: {size}")
-    p.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="safetensors, official layout")
+    p.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="FILE", help="safetensors, official layout; or a folder"
+    )
     p.add_argument("--strength", type=float, default=0.3, help="share of the steps that run, above 0 and at most 1")
     p.add_argument("--strength-rule", default="exact", help='"exact", or "sgm" as the official code counts')
     p.add_argument("--aesthetic-score", type=float, default=6.0, help="of the picture wanted, about 1 to 10")
@@ -44,21 +45,14 @@ def run(a: argparse.Namespace) -> None:
         print(f"note: {pipe.checkpoint.note}")
     print(f"picture: {loaded.width}x{loaded.height}, used at {picture.width}x{picture.height}")
     print(f"plan: {plan}", flush=True)
-    with ThreadPoolExecutor(1) as background, torch.no_grad():
-        origin = background.submit(identity, pipe.checkpoint)
+    with torch.no_grad():
         for step in tqdm(pipe.steps(request), total=len(plan.grid.timesteps), unit="step", disable=None):
             latents, sigma = step.x, float(step.sigma)
         [result] = from_tensor(pipe.decode(latents))
-        settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype")}
-        settings |= {
-            "image": Path(a.image).name,
-            "size": f"{picture.width}x{picture.height}",
-            "device": str(device),
-            "sigmas": plan.grid.sigmas.tolist(),
-            "timesteps": plan.grid.timesteps,
-            "unconditional": "negative prompt, encoded even where empty" if a.guidance_scale > 1 else "none",
-            **origin.result(),
-        }
+    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype")}
+    settings |= {"image": Path(a.image).name, "size": f"{picture.width}x{picture.height}", "device": str(device)}
+    settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **identity(pipe.checkpoint)}
+    settings["unconditional"] = "negative prompt, encoded even where empty" if a.guidance_scale > 1 else "none"
     if a.save_latents:
         from sdxl_ref.saving import save_latents
 

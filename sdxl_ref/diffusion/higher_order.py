@@ -86,7 +86,7 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator | N
     Draws no noise.
     """
     sigmas = levels(sigmas, x)
-    nodes = sigmas.double().cpu().numpy()
+    nodes = sigmas.cpu().double().numpy()
     history: list[Tensor] = []  # derivatives, the newest first
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)

@@ -21,6 +21,7 @@ from sdxl_ref.config import InputError
 
 TRAIN_STEPS = 1000
 SPACINGS = ("leading", "trailing", "linspace", "sgm")
+STRENGTH_RULES = ("exact", "sgm")
 
 
 @dataclass(frozen=True)
@@ -126,33 +127,20 @@ class NoiseSchedule:
         return first if spacing in ("trailing", "linspace") else math.sqrt(1.0 + first**2)
 
 
-def strength_steps(steps: int, strength: float) -> int:
+def strength_steps(steps: int, strength: float, rule: str = "exact") -> int:
     """How many of `steps` an image-to-image run does: floor(steps * strength), exactly (50 * 0.58 is 29).
 
-    The rule of diffusers, without its rounding error. InputError outside (0, 1], or where no step is left.
+    The rule of diffusers, without its rounding error. "sgm" is the official code's (`Img2ImgDiscretizationWrapper`),
+    which counts the trailing zero as a level: 10 steps at 0.4 run 3, not 4. InputError outside (0, 1], for another
+    rule, or where no step is left.
     """
-    return _at_least_one(math.floor(steps * _exact(strength)), strength, Fraction(1, steps))
-
-
-def strength_steps_sgm(steps: int, strength: float) -> int:
-    """The official code's rule (`Img2ImgDiscretizationWrapper`): it counts the trailing zero as a level.
-
-    10 steps at 0.4 run 3, where `strength_steps` runs 4. InputError as there.
-    """
-    return _at_least_one(math.floor((steps + 1) * _exact(strength)) - 1, strength, Fraction(2, steps + 1))
-
-
-STRENGTH_RULES = {"exact": strength_steps, "sgm": strength_steps_sgm}
-
-
-def _exact(strength: float) -> Fraction:
+    if rule not in STRENGTH_RULES:
+        raise InputError(f"unknown strength rule {rule!r}: expected one of {', '.join(STRENGTH_RULES)}")
     if not 0 < strength <= 1:
         raise InputError(f"strength must be above 0 and at most 1, found {strength}")
-    return Fraction(str(strength))
-
-
-def _at_least_one(run: int, strength: float, smallest: Fraction) -> int:
+    zero = rule == "sgm"
+    run = math.floor((steps + zero) * Fraction(str(strength))) - zero
     if run < 1:
-        rounded_up = math.ceil(smallest * 10_000) / 10_000
+        rounded_up = math.ceil(Fraction(1 + zero, steps + zero) * 10_000) / 10_000
         raise InputError(f"strength {strength} runs 0 steps: the smallest strength is {rounded_up}")
     return run

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.denoiser import Denoiser
@@ -57,6 +57,11 @@ class Experts:
         return (self.base if float(sigma) >= self.switch else self.refiner)(x, sigma)
 
 
+def _of_base(name: str) -> Any:
+    """An attribute that is read from, and written to, the base."""
+    return property(lambda self: getattr(self.base, name), lambda self, part: setattr(self.base, name, part))
+
+
 class EnsemblePipeline(Runnable):
     """A base and a refiner as one. Parts that pipelines have (`unet`, `vae`, …) are the base's."""
 
@@ -87,21 +92,8 @@ class EnsemblePipeline(Runnable):
         self.refiner.to(*args, **kwargs)
         return self
 
-    @property
-    def unet(self) -> nn.Module:
-        return self.base.unet
-
-    @property
-    def vae(self) -> nn.Module:
-        return self.base.vae
-
-    @property
-    def text_encoder(self) -> nn.Module | None:
-        return self.base.text_encoder
-
-    @property
-    def text_encoder_2(self) -> nn.Module:
-        return self.base.text_encoder_2
+    unet, vae = _of_base("unet"), _of_base("vae")
+    text_encoder, text_encoder_2 = _of_base("text_encoder"), _of_base("text_encoder_2")
 
     @staticmethod
     def plan(request: EnsembleRequest) -> EnsemblePlan:
@@ -148,8 +140,9 @@ def _switch(r: EnsembleRequest, grid: Grid) -> float:
     if r.switch_sigma is not None:
         return r.switch_sigma
     if r.switch_step is not None:
-        if not 0 <= r.switch_step <= len(grid.timesteps):
-            raise InputError(f"switch_step must be from 0 to {len(grid.timesteps)}, found {r.switch_step}")
+        if not 0 < r.switch_step < len(grid.timesteps):
+            steps = len(grid.timesteps) - 1
+            raise InputError(f"switch_step {r.switch_step}: one expert would run 0 steps: expected from 1 to {steps}")
         return float(
             torch.nextafter(grid.sigmas[r.switch_step], torch.tensor(torch.inf))
         )  # that level is the refiner's

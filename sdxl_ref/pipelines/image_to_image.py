@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.diffusion.samplers import SAMPLERS, Step
-from sdxl_ref.diffusion.schedule import STRENGTH_RULES, NoiseSchedule
+from sdxl_ref.config import InputError
+from sdxl_ref.diffusion.samplers import Step
+from sdxl_ref.diffusion.schedule import NoiseSchedule, strength_steps
 from sdxl_ref.images import fit, load_image, to_tensor
 from sdxl_ref.noise import draw_noise, fresh_generators
 from sdxl_ref.pipelines.pipeline import Pipeline, Plan, Request, run
@@ -36,37 +36,24 @@ class ImageToImageRequest(Request):
 class ImageToImagePipeline(Pipeline):
     """SDXL's refiner on a picture. Arguments have the names and meanings of the ecosystem's img2img pipeline."""
 
-    request_type = ImageToImageRequest
-
-    @classmethod
-    def check(cls, config: ModelConfig) -> None:
-        if config.kind != "refiner":
-            raise InputError(f"expected a refiner (one text encoder, aesthetic score), found an SDXL {config.kind}")
+    kind, request_type = "refiner", ImageToImageRequest
 
     @staticmethod
     def plan(request: ImageToImageRequest) -> Plan:
         """Which steps will run. InputError where none would, or where the request contradicts itself."""
         r, steps = request, request.num_inference_steps
-        for what, value, known in (
-            ("sampler", r.sampler, SAMPLERS),
-            ("strength rule", r.strength_rule, STRENGTH_RULES),
-        ):
-            if value not in known:
-                raise InputError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
         schedule = NoiseSchedule()
         grid = schedule.grid(steps, r.spacing, r.karras)
         if r.denoising_start is None:
-            start = steps - STRENGTH_RULES[r.strength_rule](steps, 0.3 if r.strength is None else r.strength)
+            start = steps - strength_steps(steps, 0.3 if r.strength is None else r.strength, r.strength_rule)
         elif r.strength is None:
             start = grid.steps_above(schedule.switch_sigma(r.denoising_start))
         else:
             raise InputError("strength and denoising_start both say where to begin: give one of them")
         stop = steps if r.denoising_end is None else grid.steps_above(schedule.switch_sigma(r.denoising_end))
         if start >= stop:
-            raise InputError(
-                f"0 of {steps} steps lie between denoising_start {r.denoising_start} and denoising_end "
-                f"{r.denoising_end}: use more steps, or a wider range"
-            )
+            between = f"denoising_start {r.denoising_start} and denoising_end {r.denoising_end}"
+            raise InputError(f"0 of {steps} steps lie between {between}: use more steps, or a wider range")
         return Plan(grid.cut(start, stop), steps)
 
     @torch.no_grad()
@@ -100,8 +87,11 @@ class ImageToImagePipeline(Pipeline):
         given = r.latents if r.image is None else r.image
         clean = r.latents is None and r.denoising_start is None
         if not isinstance(given, Tensor):
-            pictures = [given] if isinstance(given, Image.Image) else given
-            given = torch.cat([to_tensor(fit(load_image(each))) for each in pictures or []])
+            pictures = [given] if isinstance(given, Image.Image | str) else given
+            tensors = [to_tensor(fit(load_image(each))) for each in pictures or []]
+            if len({each.shape for each in tensors}) != 1:
+                raise InputError(f"expected pictures of one size, found {[tuple(each.shape[2:]) for each in tensors]}")
+            given = torch.cat(tensors)
         latent = given.ndim == 4 and given.shape[1] == self.config.vae.embed_dim
         if not latent and (not clean or given.ndim != 4 or given.shape[1] != 3 or any(s % 8 for s in given.shape[2:])):
             kinds = "latents (b,4,h,w)" + (" or pictures (b,3,H,W) with sides that are multiples of 8" if clean else "")

@@ -1,12 +1,14 @@
 """What every pipeline has: its parts, where they come from, where they run, and how results leave."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from sdxl_ref.checkpoint import Checkpoint, open_checkpoint, prefixes
 from sdxl_ref.conditioning import Numbers, condition, encode_text
@@ -20,6 +22,8 @@ from sdxl_ref.noise import Generator
 Self = TypeVar("Self", bound="Pipeline")
 Size = tuple[int, int]
 Prompt = str | Sequence[str]
+Dtype = torch.dtype | None
+KINDS = {"refiner": "refiner (one text encoder, aesthetic score)", "base": "base (two text encoders, target size)"}
 UNUSABLE = {
     "refiner": ("prompt_2", "negative_prompt_2", "target_size", "negative_target_size"),
     "base": ("aesthetic_score", "negative_aesthetic_score"),
@@ -51,6 +55,15 @@ class Request:
     sampler: str = "euler"
     spacing: str = "leading"
     karras: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"unknown sampler {self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+        for name in ("guidance_scale", "guidance_rescale", "aesthetic_score", "negative_aesthetic_score"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise InputError(f"{name} must be a finite number, found {getattr(self, name)}")
+        if self.num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt must be at least 1, found {self.num_images_per_prompt}")
 
 
 class Plan(NamedTuple):
@@ -84,13 +97,10 @@ class Pipeline(Runnable):
     Every part may be replaced (compiled, fine-tuned); it is looked up when a run starts.
     """
 
+    kind: str  # "base" or "refiner": what it runs
+
     def __init__(
-        self,
-        config: ModelConfig,
-        unet: nn.Module,
-        vae: nn.Module,
-        text_encoder_2: nn.Module,
-        text_encoder: nn.Module | None = None,
+        self, config: ModelConfig, unet: Module, vae: Module, text_encoder_2: Module, text_encoder: Module | None = None
     ) -> None:
         self.check(config)
         self.config, self.unet, self.vae = config, unet, vae
@@ -101,20 +111,21 @@ class Pipeline(Runnable):
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         """InputError where this pipeline cannot run a model of this configuration."""
-        raise NotImplementedError
+        if config.kind != cls.kind:
+            raise InputError(f"expected a {KINDS[cls.kind]}, found an SDXL {config.kind}")
 
     @classmethod
     def from_single_file(
         cls: type[Self],
         path: str | Path,
         *,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        torch_dtype: Dtype = None,
+        dtype: Dtype = None,
+        device: Any = "cpu",
         slot: Any = None,
-        **parts: nn.Module,
+        **parts: Module,
     ) -> Self:
-        """Open a safetensors file in the official layout. `dtype` (or `torch_dtype`) is float32 unless given.
+        """Open a safetensors file in the official layout, or a folder in diffusers'; float32 by default.
 
         The VAE is float32 whatever the dtype: it overflows in float16. `parts` (`vae=`, `text_encoder_2=`, …) are
         shared instead of loaded; with a `slot` (of `on_demand`) each part is read when it works and dropped for the
@@ -156,15 +167,14 @@ class Pipeline(Runnable):
         for name in UNUSABLE[kind] if type(r) is self.request_type else ():  # an ensemble's request serves both kinds
             if getattr(r, name) is not None:
                 raise InputError(f"{name} is of no use to an SDXL {kind}: leave it out")
-        prompts, prompts_2 = (
-            per_image(r.prompt, count),
-            per_image(r.prompt if r.prompt_2 is None else r.prompt_2, count),
-        )
+        second = r.prompt if kind == "refiner" or r.prompt_2 is None else r.prompt_2
+        prompts, prompts_2 = per_image(r.prompt, count), per_image(second, count)
         zeros = kind == "base" and r.negative_prompt is None and r.negative_prompt_2 is None
         if r.guidance_scale > 1 and not zeros:
             negative = r.negative_prompt or ""
             prompts += per_image(negative, count)
-            prompts_2 += per_image(negative if r.negative_prompt_2 is None else r.negative_prompt_2, count)
+            second = negative if kind == "refiner" or r.negative_prompt_2 is None else r.negative_prompt_2
+            prompts_2 += per_image(second, count)
         context, pooled = encode_text(self.text_encoder, self.text_encoder_2, prompts, prompts_2)
         check_finite("the text encoder", context)
         check_finite("the text encoder's pooled vector", pooled)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.diffusion.samplers import SAMPLERS, Step
+from sdxl_ref.config import InputError
+from sdxl_ref.diffusion.samplers import Step
 from sdxl_ref.diffusion.schedule import Grid, NoiseSchedule
 from sdxl_ref.noise import Generator, draw_noise, fresh_generators
 from sdxl_ref.pipelines.pipeline import Pipeline, Plan, Prompt, Request, run
@@ -19,7 +19,7 @@ UNIT_VARIANCE = ("ddim", "ddpm")  # start from unit noise in their own scaling, 
 class TextToImageRequest(Request):
     """`latents` are unit noise (b,4,h,w), scaled to the first level by the pipeline; None: drawn from the generator."""
 
-    height: int | None = None  # None: 1024, a multiple of 8
+    height: int | None = None  # a multiple of 8; None: that of the training pictures, 1024
     width: int | None = None
     denoising_end: float | None = None  # share of the training steps after which this run stops
 
@@ -27,19 +27,12 @@ class TextToImageRequest(Request):
 class TextToImagePipeline(Pipeline):
     """SDXL's base alone. Arguments have the names and meanings of the ecosystem's text-to-image pipeline."""
 
-    request_type = TextToImageRequest
-
-    @classmethod
-    def check(cls, config: ModelConfig) -> None:
-        if config.kind != "base":
-            raise InputError(f"expected a base (two text encoders, target size), found an SDXL {config.kind}")
+    kind, request_type = "base", TextToImageRequest
 
     @staticmethod
     def plan(request: TextToImageRequest) -> Plan:
         """Which steps will run. InputError where none would."""
         r, schedule = request, NoiseSchedule()
-        if r.sampler not in SAMPLERS:
-            raise InputError(f"unknown sampler {r.sampler!r}: expected one of {', '.join(SAMPLERS)}")
         for name, side in (("height", r.height), ("width", r.width)):
             if side is not None and (side < 8 or side % 8):
                 raise InputError(f"{name} must be a multiple of 8, found {side}")
@@ -64,7 +57,7 @@ class TextToImagePipeline(Pipeline):
     def first_noise(self, r: TextToImageRequest, grid: Grid) -> tuple[Tensor, Generator]:
         """Noise (b,4,h,w) at the first level of the grid, and the generators that go on from there."""
         prompts: Prompt = [r.prompt] if isinstance(r.prompt, str) else r.prompt
-        h, w = ((side or 1024) // self.vae_scale_factor for side in (r.height, r.width))
+        h, w = ((side or self.config.resolution) // self.vae_scale_factor for side in (r.height, r.width))
         shape = (len(prompts) * r.num_images_per_prompt, self.config.vae.embed_dim, h, w)
         if r.latents is not None and (r.latents.ndim != 4 or tuple(r.latents.shape[:2]) != shape[:2]):
             raise InputError(f"expected latents ({shape[0]},{shape[1]},h,w), found {tuple(r.latents.shape)}")

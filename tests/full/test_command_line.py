@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_ref.config import BASE_1_0, REFINER_1_0
+
 pytestmark = pytest.mark.full
 
 PHOTO = str(files("sdxl_ref") / "data" / "photo.jpg")
+SDXL_REF = str(Path(sys.executable).with_name("sdxl-ref"))
 ARGUMENTS = [
     PHOTO,
     *("--prompt", "a cup of coffee on a wooden table"),
@@ -24,7 +27,7 @@ TESTS = Path(diffusers_refine.__file__).parents[1]
 
 
 def refine(dtype: str, out: Path) -> measure.Measured:
-    command = [str(Path(sys.executable).with_name("sdxl-ref")), "refine", *ARGUMENTS]
+    command = [SDXL_REF, "refine", *ARGUMENTS]
     file = str(full_file.full_file())
     measured = measure.measure([*command, "--checkpoint", file, "--dtype", dtype, "--out", str(out)])
     told("sdxl-ref refine", dtype, measured)
@@ -71,3 +74,18 @@ def test_bfloat16_ends(tmp_path: Path) -> None:
     picture = pixels(tmp_path / "ours.png")
     assert picture.shape == (512, 512, 3)
     assert picture.std() > 5
+
+
+def test_ensemble_in_low_memory(tmp_path: Path) -> None:
+    """Base and refiner, 13 GB of files, in under 10 GB: one set of weights at a time."""
+    out = tmp_path / "ensemble.png"
+    base, refiner = (str(full_file.full_file(config)) for config in (BASE_1_0, REFINER_1_0))
+    command = [SDXL_REF, "generate", "--base", base, "--refiner", refiner, "--prompt", "a cup of coffee"]
+    command += ["--height", "256", "--width", "256", "--steps", "10", "--dtype", "bfloat16", "--low-memory"]
+    measured = measure.measure([*command, "--out", str(out)])
+    told("sdxl-ref generate --low-memory, base and refiner", "bfloat16", measured)
+    assert "plan: base 8 evaluations" in measured.output
+    picture = pixels(out)
+    assert picture.shape == (256, 256, 3)
+    assert picture.std() > 5
+    assert measured.peak < 10e9

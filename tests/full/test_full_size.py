@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import full_file
 import peers
@@ -11,22 +10,21 @@ import torch
 from torch import nn
 
 from sdxl_ref.checkpoint import Checkpoint, open_checkpoint
+from sdxl_ref.config import BASE_1_0, REFINER_1_0, ModelConfig
 from sdxl_ref.tokenizer import tokenize
 
 BOUND = 2e-6  # relative L2; the two references on the same weights are 0.7e-6 to 1.7e-6 apart
+KINDS = ["refiner", "base"]
 PROMPTS = ["a cup of coffee on a wooden table, steam in the morning light", ""]
 
 pytestmark = pytest.mark.full
 
 
-@pytest.fixture(scope="module")
-def path() -> Path:
-    return full_file.full_file()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(path: Path) -> Checkpoint:
-    return open_checkpoint(path)
+def checkpoint(config: ModelConfig) -> Checkpoint:
+    """The generated file, opened strictly: every key there, in its shape, and no other."""
+    found = open_checkpoint(full_file.full_file(config))
+    assert found.config == config
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -53,33 +51,44 @@ def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def test_unet(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize(("config", "size"), [(REFINER_1_0, 2_259_526_660), (BASE_1_0, 2_567_463_684)], ids=KINDS)
+def test_unet(config: ModelConfig, size: int) -> None:
     """At 512x512, t = 0, 199 and 999. The peer shares our tensors: one copy of the weights in memory."""
-    ours = checkpoint.load("unet", torch.float32)
-    assert parameters(ours) == 2_259_526_660
+    ours = checkpoint(config).load("unet", torch.float32)
+    assert parameters(ours) == size
     theirs = peers.diffusers_unet(ours)
     assert theirs.conv_in.weight.data_ptr() == ours.input_blocks[0][0].weight.data_ptr()
-    x, context, y = noise(1, 4, 64, 64), noise(1, 77, 1280, seed=1), noise(1, 2560, seed=2)
+    x, context = noise(1, 4, 64, 64), noise(1, 77, config.unet.context_dim, seed=1)
+    y = noise(1, config.unet.adm_in_channels, seed=2)
     for t in (0, 199, 999):
         timesteps = torch.tensor([t])
         expected = peers.call_diffusers_unet(theirs, x, timesteps, context, y)
-        check(f"UNet, 512x512, t = {t}", ours(x, timesteps, context, y), expected)
+        check(f"UNet of the {config.kind}, 512x512, t = {t}", ours(x, timesteps, context, y), expected)
 
 
-def test_text_encoder(checkpoint: Checkpoint) -> None:
-    ours = checkpoint.load("text_encoder_2", torch.float32)
+@pytest.mark.parametrize("config", [REFINER_1_0, BASE_1_0], ids=KINDS)
+def test_openclip(config: ModelConfig) -> None:
+    ours = checkpoint(config).load("text_encoder_2", torch.float32)
     assert parameters(ours) == 694_659_841
     theirs = peers.transformers_openclip(ours)
     tokens = tokenize(PROMPTS)
     hidden, pooled = ours(tokens)
     expected = theirs(tokens, output_hidden_states=True)
-    check("OpenCLIP bigG, hidden", hidden, expected.hidden_states[-2])
-    check("OpenCLIP bigG, pooled", pooled, expected.text_embeds)
+    check(f"OpenCLIP bigG of the {config.kind}, hidden", hidden, expected.hidden_states[-2])
+    check(f"OpenCLIP bigG of the {config.kind}, pooled", pooled, expected.text_embeds)
 
 
-def test_vae(checkpoint: Checkpoint) -> None:
+def test_clip_l() -> None:
+    ours = checkpoint(BASE_1_0).load("text_encoder", torch.float32)
+    assert parameters(ours) == 123_060_480
+    theirs = peers.transformers_clip(ours)
+    tokens = tokenize(PROMPTS, pad="eos")
+    check("CLIP-L, hidden", ours(tokens), theirs(tokens, output_hidden_states=True).hidden_states[-2])
+
+
+def test_vae() -> None:
     """At 512x512; the moments are the posterior's mean and log variance, before any draw."""
-    ours = checkpoint.load("vae", torch.float32)
+    ours = checkpoint(REFINER_1_0).load("vae", torch.float32)
     assert parameters(ours) == 83_653_863
     theirs = peers.diffusers_vae(ours)
     image, z = noise(1, 3, 512, 512).clamp(-1, 1), noise(1, 4, 64, 64, seed=1)
@@ -88,12 +97,3 @@ def test_vae(checkpoint: Checkpoint) -> None:
     moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
     check("VAE, moments", moments, torch.cat([expected.mean, expected.logvar], dim=1))
     check("VAE, decode", ours.decode(z), theirs.decode(z).sample)
-
-
-def test_base_file_has_the_official_sizes() -> None:
-    """The generator's other model, by its header alone: nothing is written."""
-    shapes = full_file.names_and_shapes(full_file.BASE_1_0)
-    assert (
-        sum(torch.Size(shape).numel() for shape in shapes.values())
-        == 2_567_463_684 + 123_060_480 + 694_659_841 + 83_653_863
-    )

@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import checks
 import numpy as np
+import peers
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch import Tensor
 from sdxl_ref.diffusion.samplers import SAMPLERS
 from sdxl_ref.diffusion.schedule import SPACINGS, NoiseSchedule
 from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest, Experts
+from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
 
 Log = list[tuple[float, str]]
 STEPS = [5, 8, 13, 20, 37, 50]
@@ -182,3 +186,47 @@ def test_the_plan_of_karras_sigmas_at_20_steps() -> None:
         request = EnsembleRequest(prompt="", karras=True, spacing=spacing, num_inference_steps=20, switch=0.8)
         splits[spacing] = EnsemblePipeline.plan(request).evaluations
     assert splits == {"leading": (12, 8), "linspace": (12, 8), "trailing": (16, 4)}
+
+
+DIFFUSERS = {
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2s_ancestral": "KDPM2DiscreteScheduler",  # the solver there that steps by way of a midpoint
+    "lms": "LMSDiscreteScheduler",
+}
+
+
+def gap_of_diffusers(scheduler: str, arguments: dict[str, Any], latents: Tensor) -> float:
+    """The model card's two calls against the single run, the base's network in both: relative distance."""
+    first = checks.diffusers_text2img(scheduler)
+    single = first(**arguments, latents=latents.clone()).images
+    second = checks.diffusers_base_img2img(scheduler)
+    handed = checks.diffusers_text2img(scheduler)(**arguments, latents=latents.clone(), denoising_end=0.8).images
+    finish = {key: value for key, value in arguments.items() if key not in ("height", "width")}
+    return peers.distance(second(**finish, image=handed, denoising_start=0.8).images, single)
+
+
+def gap_of_ours(sampler: str, arguments: dict[str, Any], latents: Tensor) -> float:
+    """The ensemble against the single run, the same network on both sides."""
+    base = TextToImagePipeline(peers.SMALL_BASE, **checks.small_base_parts())  # type: ignore[arg-type]
+    ensemble = EnsemblePipeline(base, ImageToImagePipeline(peers.SMALL_REFINER, **checks.small_pipeline_parts()))  # type: ignore[arg-type]
+    ensemble.refiner = base  # type: ignore[assignment]
+    arguments = arguments | {"latents": latents, "sampler": sampler}
+    seeds = [torch.Generator().manual_seed(7) for _ in range(2)]
+    together = ensemble(**arguments, generator=seeds[0], switch=0.8).images
+    return peers.distance(together, base(**arguments, generator=seeds[1]).images)
+
+
+def test_single_run_and_ensemble_side_by_side_with_diffusers() -> None:
+    """The same small weights, noise, prompt and levels: what the hand-off alone changes. README shows the table."""
+    arguments = {"prompt": "a cup of coffee", "negative_prompt": "blurry", "num_inference_steps": 10}
+    arguments |= {"height": 64, "width": 96, "output_type": "latent"}
+    latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(3))
+    print("\n| sampler | diffusers' scheduler | its two calls | our ensemble |\n| --- | --- | --- | --- |")
+    gaps = {}
+    for sampler, scheduler in DIFFUSERS.items():
+        gaps[sampler] = gap_of_diffusers(scheduler, arguments, latents), gap_of_ours(sampler, arguments, latents)
+        print("| {} | {} | {:.1e} | {:.1e} |".format(sampler, scheduler, *gaps[sampler]))
+    assert all(ours == 0 for _, ours in gaps.values())
+    assert gaps["euler"][0] < 1e-6  # one evaluation a step, no history: the two calls are right
+    assert all(gaps[sampler][0] > 1e-3 for sampler in ("heun", "dpmpp_2s_ancestral", "lms"))

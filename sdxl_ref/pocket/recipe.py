@@ -1,0 +1,261 @@
+"""The recipe: everything that makes the pocket pair, from nothing, in stages that can be stopped and go on.
+
+    python -m sdxl_ref.pocket.recipe --out DIR [--device cuda] [--stage vae …]
+
+Stages: `vae` (autoencoder on crops of scenes), `latents` (scenes through it, once), `base` (UNet and both text
+towers), `refiner` (its UNet on t in 0..199, with the base's OpenCLIP tower), `write` (two files in the official
+layout, float16). The time of each is kept in DIR/times.json; README.md beside this file has the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from copy import deepcopy
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdxl_ref.checkpoint import build, prefixes
+from sdxl_ref.conditioning import Numbers
+from sdxl_ref.config import InputError
+from sdxl_ref.networks.vae import AutoencoderKL
+from sdxl_ref.noise import draw_noise
+from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
+from sdxl_ref.pocket.judge import judge
+from sdxl_ref.pocket.models import BASE, CONFIGS, start
+from sdxl_ref.pocket.scenes import SIZE, draw, random_scene
+from sdxl_ref.saving import save_checkpoint, write
+from sdxl_ref.sheets import contact_sheet
+from sdxl_ref.training.diffusion import Batch, Objective
+from sdxl_ref.training.loop import Run, Settings
+
+STAGES = ("vae", "latents", "base", "refiner", "write")
+Pixels = NDArray[np.uint8]
+SEED = 1
+SCENES = 40_000
+SOFT = 0.1  # share of pictures of half the resolution, which the numbers tell of
+KL_WEIGHT = 1e-6
+CROP, CROPS = 64, 24  # pixels a side, and how many a step, of the autoencoder's training
+SETTINGS = {
+    "vae": Settings(steps=5_000, learning_rate=1e-3, weight_decay=0.0),
+    "base": Settings(steps=40_000, learning_rate=1e-3, ema=0.9995),
+    "refiner": Settings(steps=20_000, learning_rate=1e-3, ema=0.9995),
+}
+SAMPLE_EVERY = 2000
+BATCH = {"base": 64, "refiner": 64}
+OBJECTIVES = {"base": Objective(), "refiner": Objective(last=199)}
+
+
+class Told(NamedTuple):
+    """What the networks are told of a picture."""
+
+    caption: str
+    original: int  # its side before it was enlarged
+    score: float
+
+    def numbers(self, kind: str) -> Tensor:
+        sizes = Numbers((self.original, self.original), (0, 0), (SIZE, SIZE), self.score)
+        return sizes.tensor(kind)
+
+
+def example(i: int, seed: int = SEED) -> tuple[Pixels, str, int, float]:
+    """Picture i of the training set (128,128,3), and what is told of it.
+
+    Two scenes in three have two things; some pictures are soft: enlarged from half the size, at a lower score.
+    """
+    rng = np.random.default_rng([seed, i])
+    scene = random_scene(rng, 1 + int(rng.random() < 2 / 3))
+    picture = draw(scene, rng)
+    soft = rng.random() < SOFT
+    if soft:
+        picture = picture.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(axis=(1, 3))
+        small = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        large = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+        picture = large[0].permute(1, 2, 0).numpy()
+    pixels = (picture * 255).round().astype(np.uint8)
+    return pixels, scene.caption, SIZE // 2 if soft else SIZE, 2.5 if soft else 6.0
+
+
+def to_images(pixels: Pixels, device: torch.device) -> Tensor:
+    """(b,H,W,3) uint8 -> (b,3,H,W) float32 in [-1,1]."""
+    return torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Recipe:
+    """The stages, in a folder, on a device."""
+
+    def __init__(self, out: Path, device: torch.device, scenes: int = SCENES) -> None:
+        self.out, self.device, self.scenes = out, device, scenes
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stage: str, stop: int | None = None) -> None:
+        """One stage, timed; the seconds of its pieces add up where it was stopped between."""
+        began = time.perf_counter()
+        try:
+            if stage in ("base", "refiner"):
+                self.unet(stage, stop)
+            elif stage == "vae":
+                self.vae(stop)
+            else:
+                getattr(self, stage)()
+        finally:
+            path = self.out / "times.json"
+            times = json.loads(path.read_text()) if path.exists() else {}
+            times[stage] = round(times.get(stage, 0.0) + time.perf_counter() - began, 1)
+            path.write_text(json.dumps(times))
+
+    def pictures(self) -> tuple[Pixels, list[Told]]:
+        """All training pictures (n,128,128,3), and what is told of them; drawn once, kept in files, mapped."""
+        path, words = self.out / "pixels.npy", self.out / "told.json"
+        if not (path.exists() and words.exists()):
+            beside = path.with_name("pixels.part.npy")
+            pixels = np.lib.format.open_memmap(beside, "w+", np.uint8, (self.scenes, SIZE, SIZE, 3))
+            told = []
+            for i in tqdm(range(self.scenes), desc="scenes", disable=None):
+                pixels[i], caption, original, score = example(i)
+                told.append(Told(caption, original, score))
+            pixels.flush()
+            words.write_text(json.dumps(told))
+            beside.replace(path)
+        return np.load(path, mmap_mode="r"), [Told(*row) for row in json.loads(words.read_text())]
+
+    def vae(self, stop: int | None = None) -> None:
+        torch.manual_seed(SEED)
+        vae = AutoencoderKL(BASE.vae).to(self.device)
+        pixels, _ = self.pictures()
+
+        def loss_of(step: int, generator: torch.Generator) -> Tensor:
+            index = torch.randint(len(pixels), (CROPS,), generator=generator).tolist()
+            corners = (torch.randint((SIZE - CROP) // 8 + 1, (CROPS, 2), generator=generator) * 8).tolist()
+            crops = [pixels[i, y : y + CROP, x : x + CROP] for i, (y, x) in zip(index, corners, strict=True)]
+            images = to_images(np.stack(crops), self.device)
+            posterior = vae.encode(images)
+            noise = draw_noise(posterior.mean.shape, generator).to(self.device)
+            decoded = vae.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise)
+            kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
+            return F.mse_loss(decoded, images) + KL_WEIGHT * kl
+
+        run = Run(vae, SETTINGS["vae"], self.out / "vae", {"model": "pocket vae", "scenes": self.scenes})
+        for _ in run.train(loss_of, stop=stop):
+            pass
+        vae.load_state_dict(vae.state_dict() | run.averaged)
+        normalise(vae, to_images(pixels[:1000], self.device))
+        write(self.out / "vae.safetensors", {k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, {})
+
+    def trained_vae(self) -> AutoencoderKL:
+        vae = AutoencoderKL(BASE.vae)
+        vae.load_state_dict(load_file(needed(self.out / "vae.safetensors", "vae")))
+        return vae.to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def latents(self) -> None:
+        """Means of all scenes' latents, scaled, in float16."""
+        vae, (pixels, _), found = self.trained_vae(), self.pictures(), []
+        for i in tqdm(range(0, self.scenes, 50), desc="latents", disable=None):
+            posterior = vae.encode(to_images(pixels[i : i + 50], self.device))
+            found.append((posterior.mean * BASE.vae.scale_factor).half().cpu())
+        write(self.out / "latents.safetensors", {"latents": torch.cat(found).contiguous()}, {})
+
+    def unet(self, kind: str, stop: int | None = None) -> None:
+        torch.manual_seed(SEED)
+        config, settings = CONFIGS[kind], SETTINGS[kind]
+        names = [part for part in prefixes(config) if part != "vae"]
+        parts = nn.ModuleDict({part: build(part, config) for part in names})
+        start(parts["unet"])  # type: ignore[arg-type]
+        if kind == "refiner":
+            trained = load_file(needed(self.out / "base.safetensors", "base"))
+            own = {k.removeprefix("text_encoder_2."): v for k, v in trained.items() if k.startswith("text_encoder_2.")}
+            parts["text_encoder_2"].load_state_dict(own)
+            parts["text_encoder_2"].requires_grad_(False)
+        parts.to(self.device)
+        latents = load_file(needed(self.out / "latents.safetensors", "latents"))["latents"]
+        _, told = self.pictures()
+        size, objective = BATCH[kind], OBJECTIVES[kind]
+
+        def loss_of(step: int, generator: torch.Generator) -> Tensor:
+            index = torch.randint(len(latents), (size,), generator=generator)
+            rows = [told[i] for i in index.tolist()]
+            numbers = torch.stack([row.numbers(kind) for row in rows]).to(self.device)
+            batch = Batch(latents[index].to(self.device).float(), [row.caption for row in rows], numbers)
+            return objective.loss(parts, batch, generator)
+
+        run = Run(parts, settings, self.out / kind, {"model": config.to_json(), "scenes": self.scenes})
+        for step in run.train(loss_of, stop=stop):
+            if kind == "base" and step % SAMPLE_EVERY == 0:
+                self.sample(parts, run)
+        state = parts.state_dict() | run.averaged
+        write(self.out / f"{kind}.safetensors", {k: v.cpu().contiguous() for k, v in state.items()}, {})
+
+    def sample(self, parts: nn.ModuleDict, run: Run) -> None:
+        """A sheet of pictures by the averaged weights, with what the judge finds right, into the stage's folder."""
+        config, copies = CONFIGS["base"], {name: deepcopy(part) for name, part in parts.items()}
+        for name, part in copies.items():
+            own = {k.removeprefix(name + "."): v for k, v in run.averaged.items() if k.startswith(name + ".")}
+            part.load_state_dict(part.state_dict() | own)
+        pipe = TextToImagePipeline(config, vae=self.trained_vae(), **copies)
+        rng = np.random.default_rng(0)
+        scenes = [random_scene(rng, 1 + i % 2) for i in range(24)]
+        generators = [torch.Generator().manual_seed(i) for i in range(len(scenes))]
+        prompts = [scene.caption for scene in scenes]
+        pictures = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generators).images
+        marks = [judge(np.asarray(p, dtype=np.float32) / 255, s) for p, s in zip(pictures, scenes, strict=True)]
+        right = [sum(m.all_right for m in marks[i::2]) for i in (0, 1)]
+        tqdm.write(f"step {run.step}: all right {right[0]}/12 with one thing, {right[1]}/12 with two")
+        contact_sheet(pictures, prompts).save(run.folder / f"samples_{run.step:06}.png")
+
+    def write(self) -> None:
+        for kind, config in CONFIGS.items():
+            if (self.out / f"{kind}.safetensors").exists():
+                state = load_file(self.out / f"{kind}.safetensors")
+                parts: dict[str, nn.Module] = {"vae": self.trained_vae()}
+                for part in (part for part in prefixes(config) if part != "vae"):
+                    parts[part] = build(part, config)
+                    own = {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
+                    parts[part].load_state_dict(own)
+                save_checkpoint(self.out / f"pocket_{kind}.safetensors", config, parts, torch.float16)
+
+
+def normalise(vae: AutoencoderKL, images: Tensor) -> None:
+    """Give each latent channel mean 0 and spread 1 after scaling: folded into the 1x1 convolutions, exactly."""
+    with torch.no_grad():
+        means = torch.cat([vae.encode(each).mean for each in images.split(50)])
+        mean, spread = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)) * vae.config.scale_factor
+        quant, post, z = vae.quant_conv, vae.post_quant_conv, vae.config.embed_dim
+        assert quant.bias is not None
+        assert post.bias is not None
+        quant.weight[:z] /= spread[:, None, None, None]
+        quant.bias[:z] = (quant.bias[:z] - mean) / spread
+        quant.bias[z:] -= 2 * spread.log()
+        post.bias += post.weight[:, :, 0, 0] @ mean
+        post.weight *= spread[None, :, None, None]
+
+
+def needed(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise InputError(f"{path} is not there: run the stage {stage!r} first")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="one, or several; else all, in order")
+    parser.add_argument("--stop", type=int, help="stop the training of a stage at this step; it goes on another time")
+    a = parser.parse_args()
+    recipe = Recipe(a.out, torch.device(a.device))
+    for stage in a.stage or STAGES:
+        recipe.run(stage, a.stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Scenes: captioned pictures of one or two shapes on a background, each drawn from a seed.
+
+What a caption says: 4 shapes, 6 colours, 4 relations, 3 backgrounds in 3 textures. What it does not say, and a model
+has to invent: places, sizes, light, and the pattern on each surface. Nothing is finer than 4 pixels.
+Some combinations are held out of training (`Scene.held_out`), to measure composition.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+T = TypeVar("T")
+SIZE = 128  # pixels a side
+COLOURS = {
+    "red": (0.88, 0.13, 0.13),
+    "yellow": (0.93, 0.82, 0.10),
+    "green": (0.10, 0.72, 0.16),
+    "cyan": (0.12, 0.78, 0.85),
+    "blue": (0.15, 0.25, 0.88),
+    "pink": (0.92, 0.22, 0.78),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+RELATIONS = tuple(OPPOSITE)
+GROUNDS = {"white": (0.93, 0.80), "gray": (0.56, 0.43), "black": (0.07, 0.20)}  # the two tones of each
+TEXTURES = ("plain", "striped", "checkered")
+PROBE = ("blue circle", "red square")  # the model card's "a red cube on top of a blue sphere"; always held out
+OUTLINE = 4.0  # pixels
+
+
+@dataclass(frozen=True, order=True)
+class Thing:
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says. With two things the first stands in `relation` to the second; with one it is None."""
+
+    things: tuple[Thing, ...]
+    relation: str | None
+    ground: str
+    texture: str
+
+    @property
+    def caption(self) -> str:
+        things = f" {self.relation} ".join(f"a {thing}" for thing in self.things)
+        return f"{things} on a {self.ground} {self.texture} background"
+
+    @property
+    def held_out(self) -> bool:
+        """A tenth of all pairs of things, and of all single things with a ground, are never trained on."""
+        names = tuple(sorted(str(thing) for thing in self.things))
+        key = " + ".join(names if len(names) == 2 else (*names, self.ground))
+        return names == PROBE or zlib.crc32(key.encode()) % 10 == 0
+
+
+def pick(rng: np.random.Generator, values: Sequence[T]) -> T:
+    return values[int(rng.integers(len(values)))]
+
+
+def random_scene(rng: np.random.Generator, things: int, held_out: bool = False) -> Scene:
+    """A scene of one or two different things, from those that are held out or from the others."""
+    while True:
+        chosen = tuple(Thing(pick(rng, tuple(COLOURS)), pick(rng, SHAPES)) for _ in range(things))
+        relation = pick(rng, RELATIONS) if things == 2 else None
+        scene = Scene(chosen, relation, pick(rng, tuple(GROUNDS)), pick(rng, TEXTURES))
+        if len(set(chosen)) == things and scene.held_out == held_out:
+            return scene
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> Array:
+    """A picture (128,128,3) in [0,1] of a scene; what the scene leaves open comes from `rng`."""
+    picture = background(scene.ground, scene.texture)
+    for thing, (x, y, radius) in zip(scene.things, places(scene, rng), strict=True):
+        paint(picture, thing, x, y, radius, rng)
+    return picture
+
+
+def background(ground: str, texture: str) -> Array:
+    """Stripes lie across and are 8 pixels high; checks are 16 pixels a side."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    second = {"plain": np.zeros_like(x), "striped": y // 8 % 2, "checkered": (x // 16 + y // 16) % 2}[texture]
+    tones = np.asarray(GROUNDS[ground], dtype=np.float32)
+    return np.repeat(tones[second][:, :, None], 3, axis=2)
+
+
+def places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centre and radius in pixels of each thing, with at least 6 pixels between two."""
+    if len(scene.things) == 1:
+        radius = rng.uniform(22, 36)
+        x, y = rng.uniform(radius + 6, SIZE - radius - 6, 2)
+        return [(x, y, radius)]
+    first, second = rng.uniform(16, 24, 2)
+    gap = rng.uniform(6, 14)
+    spare = SIZE - 2 * (first + second) - gap - 8
+    before = 4 + rng.uniform(0.2, 0.8) * spare
+    along = before + first, before + 2 * first + gap + second  # of the thing nearer to the top or left
+    across = SIZE / 2 + rng.uniform(-24, 24) + rng.uniform(-8, 8, 2)
+    found = [(along[0], across[0], first), (along[1], across[1], second)]
+    if scene.relation in ("below", "right of"):
+        found.reverse()
+    if scene.relation in ("above", "below"):
+        found = [(b, a, radius) for a, b, radius in found]
+    return found
+
+
+def inside(shape: str, x: Array, y: Array, radius: float) -> Array:
+    """How far inside a shape's border each point lies, in pixels; below 0 outside. x and y are from its centre."""
+    if shape == "circle":
+        return radius - np.hypot(x, y)
+    if shape == "square":
+        return 0.9 * radius - np.maximum(abs(x), abs(y))
+    if shape == "triangle":
+        return np.minimum(radius - y, (y + radius - 2 * abs(x)) / np.sqrt(5, dtype=np.float32))
+    arm = 0.36 * radius
+    return np.maximum(
+        np.minimum(radius - abs(x), arm - abs(y)), np.minimum(arm - abs(x), radius - abs(y))
+    )  # a cross of two bars
+
+
+def paint(picture: Array, thing: Thing, x: float, y: float, radius: float, rng: np.random.Generator) -> None:
+    """One shaded thing with a dark outline and a surface of bands, dots or nothing, onto the picture in place."""
+    rows, columns = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    dx, dy = columns + 0.5 - np.float32(x), rows + 0.5 - np.float32(y)
+    depth = inside(thing.shape, dx, dy, radius)
+    surface = pick(rng, ("bare", "bands", "dots"))
+    if surface == "bands":
+        mark = (dx + dy) % 14 < 7
+    elif surface == "dots":
+        mark = np.hypot(dx % 12 - 6, dy % 12 - 6) < 3.5
+    else:
+        mark = np.zeros_like(depth, dtype=bool)
+    light = 1 - 0.2 * (dx + dy) / (2 * radius)  # from the top left
+    colour = np.asarray(COLOURS[thing.colour], dtype=np.float32) * light[:, :, None]
+    colour = np.where(mark[:, :, None], 0.65 * colour + 0.35, colour)
+    rim = np.clip(depth - OUTLINE + 0.5, 0, 1)[:, :, None]  # 0 in the outline, 1 further in
+    colour = colour * (0.55 + 0.45 * rim)
+    cover = np.clip(depth + 0.5, 0, 1)[:, :, None]
+    picture[:] = np.clip(cover * colour + (1 - cover) * picture, 0, 1)

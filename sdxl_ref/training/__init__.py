@@ -1,0 +1,1 @@
+"""Training: the loop, the loss and the data."""

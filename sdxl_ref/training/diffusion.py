@@ -1,0 +1,94 @@
+"""What a diffusion UNet is trained on: noised latents at a random step, and the noise to be told.
+
+Source: Ho et al. 2020 (arXiv:2006.11239), equation 14; Podell et al. 2023 (arXiv:2307.01952), sections 2.2 and 2.5
+(sizes, crops and the refiner's range of steps); Ho & Salimans 2022 (arXiv:2207.12598) on dropped captions.
+Shapes: b batch, h w latent height and width, k numbers (5 on a refiner, 6 on a base).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sdxl_ref.conditioning import embed_numbers, encode_text
+from sdxl_ref.config import InputError
+from sdxl_ref.diffusion.schedule import NoiseSchedule
+from sdxl_ref.networks.unet import UNet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean latents (b,4,h,w), scaled; a caption each; the numbers (b,k) that the UNet is told, in float32."""
+
+    latents: Tensor
+    captions: list[str]
+    numbers: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The noise prediction loss over steps `first` to `last` (both included): a refiner's are 0 to 199.
+
+    `drop` is the share of captions that are dropped, so that guidance has its other side: zeros in place of the
+    text's outputs on a base (two text encoders), the empty prompt on a refiner.
+    """
+
+    first: int = 0
+    last: int = 999
+    drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last <= 999:
+            raise InputError(
+                f"steps must lie in 0 to 999, the first not above the last, found {self.first} to {self.last}"
+            )
+        if not 0 <= self.drop <= 1:
+            raise InputError(f"drop is a share from 0 to 1, found {self.drop}")
+
+    def loss(self, parts: nn.ModuleDict, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mean squared error of the predicted noise. Draws t, the noise and the dropped captions, in this order."""
+        t = torch.randint(self.first, self.last + 1, (len(batch.captions),), generator=generator)
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        dropped = torch.rand(len(batch.captions), generator=generator) < self.drop
+        context, y = conditioning(parts, batch, dropped)
+        return epsilon_loss(parts["unet"], batch.latents, t, noise.to(batch.latents.device), context, y)
+
+
+def epsilon_loss(unet: nn.Module, latents: Tensor, t: Tensor, noise: Tensor, context: Tensor, y: Tensor) -> Tensor:
+    """At training steps t (b,): noise the latents, predict the noise, mean squared error in float32 (0-d)."""
+    eps = unet(noised(latents, t, noise), t.to(latents.device), context, y)
+    return F.mse_loss(eps.float(), noise.float())
+
+
+def noised(latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """(x0 + sigma * noise) / sqrt(1 + sigma^2), which is sqrt(abar) x0 + sqrt(1 - abar) noise: what a UNet reads."""
+    sigma = NoiseSchedule().sigmas[t].to(latents)[:, None, None, None]
+    return (latents + sigma * noise) / torch.sqrt(1 + sigma**2)
+
+
+def conditioning(parts: nn.ModuleDict, batch: Batch, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Context (b,77,d) and y (b,adm). Each different caption is encoded once. `dropped` is (b,) bool."""
+    base = "text_encoder" in parts
+    captions = ["" if gone and not base else caption for caption, gone in zip(batch.captions, dropped, strict=True)]
+    different = list(dict.fromkeys(captions))
+    context, pooled = encode_text(
+        parts["text_encoder"] if base else None, parts["text_encoder_2"], different, different
+    )
+    index = torch.tensor([different.index(caption) for caption in captions], device=context.device)
+    context, pooled = context[index], pooled[index]
+    if base:
+        kept = ~dropped.to(context.device)
+        context, pooled = context * kept[:, None, None], pooled * kept[:, None]
+    return context, torch.cat([pooled.float(), embed_numbers(batch.numbers.to(pooled.device))], dim=1)
+
+
+def checkpoint_activations(unet: UNet) -> None:
+    """Keep only what goes into each stage, and compute the rest again in the backward pass (Chen et al. 2016,
+    arXiv:1604.06174): less memory for about a third more time, the same gradients."""
+    for stage in (*unet.input_blocks, unet.middle_block, *unet.output_blocks):
+        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)

@@ -1,0 +1,171 @@
+"""The training loop: AdamW with warm-up and cosine, clipping, EMA, autocast; a log; stop and go on.
+
+Nothing in it knows what is trained: it is handed a module and a function `loss_of(step, generator)`. Whatever is
+drawn at a step comes from that step's own generator, so that a run that was stopped and goes on is, on the CPU, equal
+bit for bit to one that was not.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdxl_ref.config import InputError
+from sdxl_ref.saving import write
+
+STATE, LOG = "state.safetensors", "log.csv"
+COLUMNS = ("step", "loss", "gradient_norm", "learning_rate", "seconds")
+Loss = Callable[[int, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what a run computes. Two runs with equal settings and data are equal."""
+
+    steps: int
+    learning_rate: float
+    warm_up: int = 200  # steps over which the rate rises from 0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of all gradients together
+    ema: float = 0.999  # decay of the averaged weights; 0: none are kept
+    autocast: str = ""  # "bfloat16": matrix products in it; "": everything in the weights' dtype
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, then a cosine to 0 (Loshchilov & Hutter, arXiv:1608.03983)."""
+        if step < self.warm_up:
+            return self.learning_rate * (step + 1) / self.warm_up
+        share = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Run:
+    """A module in training, in a folder of its own: `state.safetensors` to go on from, `log.csv` to look at.
+
+    `about` names what is trained on what; with the settings it has to be that of the run that the folder holds, else
+    InputError. The averaged weights are in `averaged`, by parameter name.
+    """
+
+    def __init__(self, module: nn.Module, settings: Settings, folder: Path, about: dict[str, object]) -> None:
+        self.module, self.settings, self.folder = module, settings, folder
+        self.identity = json.loads(json.dumps({"settings": asdict(settings), **about}))
+        self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self.weights:
+            raise InputError("nothing to train: no parameter of the module requires a gradient")
+        self.averaged = {name: p.detach().clone() for name, p in self.weights.items() if settings.ema}
+        options = {"betas": settings.betas, "weight_decay": settings.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.weights.values(), settings.learning_rate, **options)  # type: ignore[arg-type]
+        self.step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / STATE).exists():
+            self._go_on()
+        self._cut_log()
+
+    def train(self, loss_of: Loss, save_every: int = 1000, stop: int | None = None) -> Iterator[int]:
+        """Go on to the end, or to step `stop`; yields the number of steps done after each, for samples or for a look.
+
+        Saves every `save_every` steps, at the end, and when it is stopped from outside.
+        """
+        last = self.settings.steps if stop is None else min(stop, self.settings.steps)
+        began, device = time.perf_counter(), next(iter(self.weights.values())).device
+        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=None)
+        with bar, (self.folder / LOG).open("a", newline="") as log:
+            rows = csv.writer(log)
+            try:
+                while self.step < last:
+                    loss, norm, rate = self._advance(loss_of, device)
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                    bar.update()
+                    seconds = time.perf_counter() - began
+                    rows.writerow((self.step, f"{loss:.6g}", f"{norm:.4g}", f"{rate:.4g}", f"{seconds:.2f}"))
+                    log.flush()
+                    if self.step % save_every == 0 and self.step < last:
+                        self.save()
+                    yield self.step
+            finally:
+                self.save()
+
+    def _advance(self, loss_of: Loss, device: torch.device) -> tuple[float, float, float]:
+        s = self.settings
+        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
+        with torch.autocast(device.type, getattr(torch, s.autocast or "bfloat16"), enabled=bool(s.autocast)):
+            loss = loss_of(self.step, generator)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise InputError(
+                f"the loss is {value} at step {self.step}: use a lower learning rate (it is {s.learning_rate})"
+            )
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), s.clip)
+        rate = s.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(s.ema, (1 + self.step) / (10 + self.step))  # little memory of the first steps
+        with torch.no_grad():
+            for name, average in self.averaged.items():
+                average.lerp_(self.weights[name], 1 - decay)
+        return value, float(norm), rate
+
+    def save(self) -> None:
+        """Weights, averaged weights and the optimizer's moments; written beside and renamed."""
+        state = {f"weights.{name}": p.detach() for name, p in self.weights.items()}
+        state |= {f"averaged.{name}": tensor for name, tensor in self.averaged.items()}
+        for name, p in self.weights.items():
+            moments = self.optimizer.state.get(p, {})
+            state |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+        state = {key: tensor.contiguous() for key, tensor in state.items()}
+        write(self.folder / STATE, state, {"step": str(self.step), "identity": json.dumps(self.identity)})
+
+    def _go_on(self) -> None:
+        path = self.folder / STATE
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = json.loads(metadata.get("identity", "{}"))
+            self._check_identity(found)
+            names = set(file.keys())
+            weights = {key.removeprefix("weights.") for key in names if key.startswith("weights.")}
+            if weights != self.weights.keys():
+                differing = sorted(weights ^ self.weights.keys())[:3]
+                raise InputError(f"{path} is of another model (differs in {', '.join(differing)}): use another folder")
+            self.step = int(metadata["step"])
+            with torch.no_grad():
+                for name, p in self.weights.items():
+                    p.copy_(file.get_tensor(f"weights.{name}"))
+                    if name in self.averaged:
+                        self.averaged[name].copy_(file.get_tensor(f"averaged.{name}"))
+                    if f"exp_avg.{name}" in names:  # not where no gradient came
+                        moments = {
+                            key: file.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")
+                        }
+                        self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def _check_identity(self, found: dict[str, object]) -> None:
+        differing = [key for key in self.identity | found if self.identity.get(key) != found.get(key)]
+        if differing:
+            key = differing[0]
+            raise InputError(
+                f"{self.folder} holds a run with another {key} ({found.get(key)}), expected {self.identity.get(key)}: "
+                "go on with the same, or use another folder"
+            )
+
+    def _cut_log(self) -> None:
+        """Keep the rows up to the step that the state stands at: those after it are computed again."""
+        path = self.folder / LOG
+        rows = list(csv.reader(path.open(newline=""))) if path.exists() else []
+        kept = [row for row in rows[1:] if int(row[0]) <= self.step]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *kept])

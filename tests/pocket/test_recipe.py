@@ -1,0 +1,86 @@
+"""The recipe at toy length: every stage runs, goes on, and ends in two files that open; and its exact parts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdxl_ref.checkpoint import build, open_checkpoint
+from sdxl_ref.config import InputError
+from sdxl_ref.pocket import recipe
+from sdxl_ref.pocket.models import BASE, CONFIGS, start
+from sdxl_ref.pocket.recipe import STAGES, Recipe, example, normalise
+from sdxl_ref.training.loop import Settings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(steps=3, learning_rate=1e-3, warm_up=1)
+    monkeypatch.setattr(recipe, "SETTINGS", dict.fromkeys(("vae", "base", "refiner"), settings))
+    monkeypatch.setattr(recipe, "BATCH", {"base": 2, "refiner": 2})
+    monkeypatch.setattr(recipe, "CROPS", 2)
+
+
+@pytest.mark.usefixtures("short")
+def test_all_stages(tmp_path: Path) -> None:
+    made = Recipe(tmp_path, CPU, scenes=50)
+    for stage in STAGES:
+        made.run(stage, stop=2 if stage == "base" else None)
+        made.run(stage)
+    assert set(json.loads((tmp_path / "times.json").read_text())) == set(STAGES)
+    for kind, config in CONFIGS.items():
+        path = tmp_path / f"pocket_{kind}.safetensors"
+        assert open_checkpoint(path).config == config
+        assert path.stat().st_size <= 25e6
+        assert {str(t.dtype) for t in load_file(path).values()} == {"torch.float16"}
+    base, refiner = (load_file(tmp_path / f"{kind}.safetensors") for kind in CONFIGS)
+    shared = [key for key in refiner if key.startswith("text_encoder_2.")]
+    assert shared
+    assert all(torch.equal(base[key], refiner[key]) for key in shared)
+
+
+def test_a_stage_without_the_one_before_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run the stage '(latents|vae)' first"):
+        Recipe(tmp_path, CPU, scenes=10).run("base")
+
+
+def test_normalising_is_exact_and_leaves_the_pictures_alone() -> None:
+    torch.manual_seed(0)
+    vae = build("vae", BASE).double()
+    images = torch.rand(6, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    before = vae.decode(vae.encode(images).mode())
+    deviation = vae.encode(images).logvar
+    normalise(vae, images)  # type: ignore[arg-type]
+    posterior = vae.encode(images)
+    z = posterior.mean * BASE.vae.scale_factor
+    assert z.mean(dim=(0, 2, 3)).abs().max() < 1e-9
+    assert (z.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-9
+    assert (vae.decode(posterior.mean) - before).abs().max() < 1e-9
+    shift = posterior.logvar - deviation  # the same for every pixel of a channel
+    assert shift.std(dim=(0, 2, 3)).max() < 1e-9
+
+
+def test_examples_are_deterministic_and_tell_what_happened() -> None:
+    first, again = [example(i) for i in range(60)], [example(i) for i in range(60)]
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a[0], b[0])
+        assert a[1:] == b[1:]
+    soft = [each for each in first if each[2] == 64]
+    assert 0 < len(soft) < 20
+    assert {(each[2], each[3]) for each in first} == {(64, 2.5), (128, 6.0)}
+    edges = [np.abs(np.diff(each[0].astype(float), axis=0)).max() for each in soft]
+    assert max(edges) < 255  # no hard edge is left
+
+
+def test_a_unet_starts_as_nothing() -> None:
+    unet = start(build("unet", replace(BASE)))  # type: ignore[arg-type]
+    config = BASE.unet
+    x = torch.randn(1, 4, 16, 16)
+    y = torch.randn(1, config.adm_in_channels)
+    assert not unet(x, torch.tensor([5]), torch.randn(1, 77, config.context_dim), y).any()

@@ -1,0 +1,120 @@
+"""The training loop: resume, logs, refusals; and the loss against diffusers' UNet."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sdxl_ref.config import InputError
+from sdxl_ref.training.loop import LOG, STATE, Run, Settings
+
+SETTINGS = Settings(steps=12, learning_rate=1e-2, warm_up=3, seed=5)
+
+
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+
+
+def train(folder: Path, stop: int | None = None, settings: Settings = SETTINGS, save_every: int = 5) -> Run:
+    net = module()
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        x = torch.randn(16, 8, generator=generator)
+        return ((net(x) - x.flip(1)) ** 2).mean()
+
+    run = Run(net, settings, folder, {"model": "a small one"})
+    for _ in run.train(loss_of, save_every, stop):
+        pass
+    return run
+
+
+def test_the_loss_falls_and_the_log_tells_of_it(tmp_path: Path) -> None:
+    train(tmp_path, settings=replace(SETTINGS, steps=300))
+    rows = list(csv.DictReader((tmp_path / LOG).open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 301))
+    assert float(rows[-1]["loss"]) < 0.2 * float(rows[0]["loss"])
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates[0] == pytest.approx(1e-2 / 3, rel=1e-3)
+    assert max(rates) == 1e-2
+    assert rates[-1] < 1e-5
+
+
+@pytest.mark.parametrize("autocast", ["", "bfloat16"])
+def test_stopped_and_gone_on_equals_undisturbed_bit_for_bit(tmp_path: Path, autocast: str) -> None:
+    settings = replace(SETTINGS, autocast=autocast)
+    train(tmp_path / "whole", settings=settings)
+    for stop in (4, 9, None):
+        train(tmp_path / "parts", stop, settings)
+    whole, parts = (load_file(tmp_path / name / STATE) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert {key.split(".")[0] for key in whole} == {"weights", "averaged", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    logs = [
+        [row[:-1] for row in csv.reader((tmp_path / name / LOG).open())] for name in ("whole", "parts")
+    ]  # all but the seconds
+    assert logs[0] == logs[1]
+
+
+def test_a_kill_between_two_saves_costs_the_steps_since_and_nothing_else(tmp_path: Path) -> None:
+    """The state of step 5 is there, the log went on to 8: what is computed again is not logged twice."""
+    train(tmp_path / "whole")
+    train(tmp_path / "killed", stop=5)
+    state = (tmp_path / "killed" / STATE).read_bytes()
+    train(tmp_path / "killed", stop=8)
+    (tmp_path / "killed" / STATE).write_bytes(state)
+    train(tmp_path / "killed")
+    whole, killed = (load_file(tmp_path / name / STATE) for name in ("whole", "killed"))
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    assert [int(row["step"]) for row in csv.DictReader((tmp_path / "killed" / LOG).open())] == list(range(1, 13))
+
+
+def test_an_error_in_the_loss_saves_what_was_reached(tmp_path: Path) -> None:
+    net = module()
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        return net(torch.full((1, 8), torch.nan if step == 3 else 1.0)).sum()
+
+    run = Run(net, SETTINGS, tmp_path, {})
+    with pytest.raises(InputError, match="loss is nan at step 3: use a lower learning rate"):
+        list(run.train(loss_of))
+    assert Run(module(), SETTINGS, tmp_path, {}).step == 3
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, stop=2)
+    before = (tmp_path / STATE).read_bytes()
+    with pytest.raises(InputError, match=r"another settings .*go on with the same, or use another folder"):
+        train(tmp_path, settings=replace(SETTINGS, learning_rate=1e-3))
+    with pytest.raises(InputError, match="another model"):
+        Run(module(), SETTINGS, tmp_path, {"model": "a large one"})
+    with pytest.raises(InputError, match=r"of another model \(differs in 2\.bias"):
+        Run(module()[:2], SETTINGS, tmp_path, {"model": "a small one"})  # type: ignore[index]
+    with pytest.raises(InputError, match="nothing to train"):
+        Run(module().requires_grad_(False), SETTINGS, tmp_path, {})
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sdxl_ref.saving.save_file", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        train(tmp_path)
+    assert (tmp_path / STATE).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {STATE, LOG}
+
+
+def test_averaged_weights_follow_slowly(tmp_path: Path) -> None:
+    run = train(tmp_path, settings=replace(SETTINGS, steps=40, ema=0.9))
+    for name, p in run.weights.items():
+        assert not torch.equal(run.averaged[name], p)
+        assert (run.averaged[name] - p).abs().max() < 0.2
+
+
+def test_identity_is_json(tmp_path: Path) -> None:
+    run = train(tmp_path, stop=1)
+    assert json.loads(json.dumps(run.identity)) == run.identity

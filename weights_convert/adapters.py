@@ -1,0 +1,202 @@
+"""LoRA files: merge into a checkpoint, extract from two, convert between the forms in use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdxl_ref import layouts, lora
+from sdxl_ref.checkpoint import build_empty, open_checkpoint, prefixes
+from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.layouts import Place
+from sdxl_ref.lora import Adapter, Factors
+from weights_convert.convert import Report, bar, dtypes_of, entry, model_spec
+from weights_convert.stream import Entry, beside, check_target, clear, put_in_place, total, write_file
+
+FORMS = ("official", "kohya", "peft")
+
+
+def merge(source: Path, adapters: list[tuple[Path, float]], target: Path, force: bool = False) -> Report:
+    """Write a checkpoint with adapters added to its weights, each times a scale; dtypes stay, tensor by tensor."""
+    checkpoint = open_checkpoint(source)
+    fitted = [(lora.fit(lora.read(path), checkpoint.config), scale) for path, scale in adapters]
+    report = Report([f"{path}: {adapter}" for (path, _), (adapter, _) in zip(adapters, fitted, strict=True)])
+    changed: dict[str, tuple[str, str]] = {}
+    for adapter, _ in fitted:
+        for place in adapter.layers:
+            changed[prefixes(checkpoint.config)[place.part] + place.key] = place.part, place.key
+    dtypes = dtypes_of(checkpoint)
+    with checkpoint.reader() as get:
+
+        def read(key: str) -> Tensor:
+            tensor = get(key)
+            if key not in changed:
+                return tensor
+            weight = tensor.float().clone()
+            for adapter, scale in fitted:
+                lora.add(weight, changed[key], adapter, scale)
+            return weight.to(tensor.dtype)
+
+        entries = [entry(key, dtypes[key], checkpoint.shapes[key], read) for key in sorted(checkpoint.shapes)]
+        metadata = dict(checkpoint.metadata) | model_spec(checkpoint.config)
+        save(target, entries, metadata, force)
+    report.lines.append(f"{target}: {len(changed)} of {len(entries)} tensors changed")
+    return report
+
+
+def extract(first: Path, second: Path, target: Path, rank: int, form: str = "kohya", force: bool = False) -> Report:
+    """The best adapter of a rank that takes the first checkpoint to the second (singular values, layer by layer)."""
+    if rank < 1:
+        raise InputError(f"the rank must be at least 1, found {rank}")
+    a, b = open_checkpoint(first), open_checkpoint(second)
+    if a.config != b.config:
+        raise InputError(f"{first} and {second} are no two versions of one model: their sizes differ")
+    layers: dict[Place, Factors] = {}
+    rest = 0.0
+    whole = 0.0
+    with a.reader() as read_a, b.reader() as read_b:
+        for place, key in tqdm(matrices(a.config).items(), unit="layer", disable=None):
+            change = place.block(read_b(key).float()) - place.block(read_a(key).float())
+            if not torch.isfinite(change).all():
+                raise InputError(f"{key} holds values that are not finite (NaN or infinite)")
+            if change.any():
+                layers[place] = factors = svd(change, rank)
+                whole += float(change.square().sum())
+                rest += float((change - factors.delta().reshape(change.shape)).square().sum())
+    if not layers:
+        raise InputError(f"{first} and {second} have the same matrices: there is nothing to extract")
+    write_adapter(target, Adapter(layers), a.config, form, force)
+    left = math.sqrt(rest / whole)
+    return Report([f"{target}: {len(layers)} layers of rank at most {rank}; {left:.2e} of the change is left over"])
+
+
+def matrices(config: ModelConfig) -> dict[Place, str]:
+    """Every place that an adapter can act on once (q, k and v one by one), and its official key in a checkpoint."""
+    found: dict[Place, str] = {}
+    for part, prefix in prefixes(config).items():
+        if part != "vae":
+            network = build_empty(part, config)
+            state = network.state_dict()
+            rules = layouts.rules(layouts.PARTS[part], state, getattr(network, "config", None))
+            for place in layouts.places(part, rules).values():
+                stacked = any(place.key == rule.official and len(rule.other) > place.count for rule in rules)
+                if state[place.key].ndim >= 2 and not stacked:
+                    found[place] = prefix + place.key
+    return found
+
+
+def svd(change: Tensor, rank: int) -> Factors:
+    """The nearest product of two factors (Eckart & Young 1936); both get the roots of the singular values."""
+    matrix = change.flatten(1)  # (out, in*kh*kw)
+    rank = min(rank, *matrix.shape)
+    if 4 * rank < min(matrix.shape):
+        u, s, v = torch.svd_lowrank(matrix, q=min(2 * rank + 8, *matrix.shape), niter=6)
+    else:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        v = vh.T
+    root = s[:rank].sqrt()
+    up, down = u[:, :rank] * root, (v[:, :rank] * root).T
+    if change.ndim == 4:
+        up, down = up[:, :, None, None], down.reshape(rank, *change.shape[1:])
+    return Factors(down.contiguous(), up.contiguous(), float(rank))
+
+
+def convert_adapter(source: Path, model: Path | ModelConfig, target: Path, form: str, force: bool = False) -> Report:
+    """An adapter of any form -> "kohya", "peft" (diffusers' names) or "official"; `model` tells its sizes."""
+    config = model if isinstance(model, ModelConfig) else open_checkpoint(model).config
+    adapter = lora.fit(lora.read(source), config)
+    write_adapter(target, adapter, config, form, force)
+    return Report([f"{source}: {adapter}", f"{target}: in the form {form}"])
+
+
+def write_adapter(target: Path, adapter: Adapter, config: ModelConfig, form: str, force: bool = False) -> None:
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}: expected one of {', '.join(FORMS)}")
+    tensors: dict[str, Tensor] = {}
+    for name, factors in named(adapter, config, form).items():
+        down, up = factors.down, factors.up
+        if factors.mid is not None:  # no form but kohya's has a third factor
+            down = torch.einsum("rs...,si->ri...", factors.mid.float(), down.float().flatten(1)).to(down.dtype)
+        if form == "kohya":
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = torch.tensor(factors.alpha)
+        else:  # these forms have no alpha: it goes into one factor
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": scaled(up, factors)}
+    entries = [Entry(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in sorted(tensors.items())]  # type: ignore[misc]
+    architecture = {"modelspec.architecture": f"stable-diffusion-xl-v1-{config.kind}/lora", "format": "pt"}
+    save(target, entries, architecture, force)
+
+
+def scaled(up: Tensor, factors: Factors) -> Tensor:
+    return up if factors.alpha == factors.rank else (up.float() * (factors.alpha / factors.rank)).to(up.dtype)
+
+
+def named(adapter: Adapter, config: ModelConfig, form: str) -> dict[str, Factors]:
+    """Layers under the names of a form. Blocks of a stacked matrix become one layer in official names, and the
+    reverse: a layer on a stacked matrix becomes one for each of its blocks in the others."""
+    names = {part: names_of(part, config, form) for part in prefixes(config) if part != "vae"}
+    found: dict[str, Factors] = {}
+    for place, factors in adapter.layers.items():
+        own = names[place.part]
+        if place in own:
+            found[own[place]] = factors
+            continue
+        blocks = {each: name for each, name in own.items() if each.key == place.key}
+        if form == "official":
+            [name] = blocks.values()
+            padded = stacked(place, factors)
+            found[name] = joined(found[name], padded) if name in found else padded
+        else:
+            for each, name in blocks.items():
+                up = factors.up.chunk(each.count)[each.index].contiguous()
+                found[name] = Factors(factors.down, up, factors.alpha, factors.mid)
+    return found
+
+
+def names_of(part: str, config: ModelConfig, form: str) -> dict[Place, str]:
+    network = build_empty(part, config)
+    rules = layouts.rules(layouts.PARTS[part], network.state_dict(), getattr(network, "config", None))
+    prefix = prefixes(config)[part]
+    by_official = {layouts.module_of(rule.official) for rule in rules}
+    same = part == "text_encoder"  # whose official names are transformers'
+    found: dict[Place, str] = {}
+    for name, place in layouts.places(part, rules).items():
+        official = name in by_official
+        if form == "official" and official:
+            found[place] = prefix + name
+        elif form == "kohya" and (official == (part == "unet") or same):  # kohya's trainer names the UNet officially
+            found[place] = layouts.KOHYA[part][0] + name.replace(".", "_")
+        elif form == "peft" and (not official or same):
+            found[place] = f"{part}.{name}"
+    return found
+
+
+def stacked(place: Place, factors: Factors) -> Factors:
+    """Factors of one block as factors of the whole matrix: zeros in the rows of the others; alpha in `up`."""
+    up = scaled(factors.up, factors)
+    whole = up.new_zeros(place.count * up.shape[0], *up.shape[1:])
+    whole.chunk(place.count)[place.index].copy_(up)
+    return Factors(factors.down, whole, float(factors.rank))
+
+
+def joined(first: Factors, second: Factors) -> Factors:
+    """The sum of two changes as one: ranks add up."""
+    rank = first.rank + second.rank
+    return Factors(torch.cat([first.down, second.down]), torch.cat([first.up, second.up], dim=1), float(rank))
+
+
+def save(target: Path, entries: list[Entry], metadata: Mapping[str, str], force: bool) -> None:
+    check_target(target, total(entries), force)
+    try:
+        with bar(entries) as progress:
+            write_file(beside(target), entries, metadata, progress)
+        put_in_place(target)
+    except OSError as error:
+        raise InputError(f"could not write {target}: {error.strerror or error}") from error
+    finally:
+        clear(beside(target))
