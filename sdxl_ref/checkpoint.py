@@ -154,9 +154,9 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
 
 def _file(path: Path) -> Path:
     if path.suffix.lower() in PICKLES:
-        way = "safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], OUT)"
         raise InputError(
-            f"{path} is a pickle, which can run any code: expected safetensors; if you trust it, run {way}"
+            f"{path} is a pickle, which can run any code when opened: expected a safetensors file; if you trust it, "
+            "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], OUT)"
         )
     if os.path.isdir(path):
         found = sorted(path.glob("*.safetensors"))
