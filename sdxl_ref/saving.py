@@ -31,6 +31,9 @@ def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> Non
     beside = path.with_name(f".{os.getpid()}.part")
     try:
         save_file(state, beside, metadata)
+        mask = os.umask(0)  # safetensors writes for the owner alone
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)
         beside.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from error

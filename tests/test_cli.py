@@ -519,6 +519,7 @@ BAD: dict[str, tuple[Case, str]] = {
 
 
 def assert_one_line(captured: Any, message: str) -> None:
+    print(captured.err.rstrip())  # `pytest -s -k bad_input` lists them all
     assert captured.err.startswith("sdxl-ref: error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1

@@ -40,8 +40,8 @@ def test_two_stages(base: list[str], small_refiner_file: Path, capsys: pytest.Ca
     command = [*base, "--refiner", str(small_refiner_file), "--two-stage", "--strength", "0.5", "--out", "two.png"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "plan: 10 of 10 steps" in printed
-    assert "plan: 5 of 10 steps" in printed
+    assert "plan: base 10 of 10 steps" in printed
+    assert "plan: refiner 5 of 10 steps" in printed
     assert main(base) == 0
     assert Path("two.png").read_bytes() != Path("generated.png").read_bytes()
 

@@ -26,7 +26,19 @@ SCORES = ("aesthetic_score", "negative_aesthetic_score")
 SWITCHES = ("switch", "switch_sigma", "switch_step")
 
 
+EXAMPLES = """examples:
+  base alone:   sdxl-ref generate --base BASE --prompt "a red barn"
+  ensemble:     sdxl-ref generate --base BASE --refiner REFINER --prompt "a red barn" --karras
+  two stages:   sdxl-ref generate --base BASE --refiner REFINER --prompt "a red barn" --two-stage --strength 0.3
+
+BASE and REFINER are safetensors files in the official layout, or folders in diffusers' layout. The ensemble is one run:
+the base denoises first, the refiner from the hand-off on. --switch counts training steps (noise levels), not sampling
+steps: with --karras 0.8 can mean 12 of 20 steps; the plan that is printed says. Without --out: generated.png.
+"""
+
+
 def arguments(p: argparse.ArgumentParser) -> None:
+    p.epilog = EXAMPLES
     p.add_argument("--base", required=True, type=Path, metavar="FILE", help="safetensors, official layout; or a folder")
     p.add_argument("--refiner", type=Path, metavar="FILE", help="finish with it: as an ensemble, or see --two-stage")
     p.add_argument("--switch", type=float, help="ensemble: hand-off after this share of the training steps (0.8)")
@@ -76,8 +88,8 @@ def run(a: argparse.Namespace) -> None:
     second = ImageToImageRequest(**common | {"prompt": [a.prompt] * a.num_images}, **scores, strength=a.strength)
     plans: list[Any] = [(EnsemblePipeline if ensemble else TextToImagePipeline).plan(request)]
     plans += [ImageToImagePipeline.plan(second)] if a.two_stage else []
-    for plan in plans:
-        print(f"plan: {plan}", flush=True)
+    for name, plan in zip(("base ", "refiner ") if a.two_stage else ("",), plans, strict=True):
+        print(f"plan: {name}{plan}", flush=True)
 
     base, refiner = pipelines(a)
     with torch.no_grad():
@@ -102,7 +114,7 @@ def pipelines(a: argparse.Namespace) -> tuple[TextToImagePipeline, ImageToImageP
     if a.low_memory:
         options["slot"] = Slot()
     if a.refiner is not None:  # a wrong file is found out before the base is read
-        ImageToImagePipeline.check(open_checkpoint(a.refiner).config)
+        ImageToImagePipeline.check(open_checkpoint(a.refiner).config, a.refiner)
     base, refiner = TextToImagePipeline.from_single_file(a.base, **options), None
     if a.refiner is not None:
         refiner = ImageToImagePipeline.from_single_file(a.refiner, **options, vae=base.vae)

@@ -109,10 +109,10 @@ class Pipeline(Runnable):
         self.vae_scale_factor = int(2 ** (len(config.vae.ch_mult) - 1))  # how many times smaller a latent's side is
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
+    def check(cls, config: ModelConfig, path: str | Path = "") -> None:
         """InputError where this pipeline cannot run a model of this configuration."""
         if config.kind != cls.kind:
-            raise InputError(f"expected a {KINDS[cls.kind]}, found an SDXL {config.kind}")
+            raise InputError(f"expected a {KINDS[cls.kind]}, found an SDXL {config.kind}" + f": {path}" * bool(path))
 
     @classmethod
     def from_single_file(
@@ -132,7 +132,7 @@ class Pipeline(Runnable):
         next. Raises InputError as `open_checkpoint` does, and for a model this pipeline cannot run.
         """
         checkpoint = open_checkpoint(path)
-        cls.check(checkpoint.config)
+        cls.check(checkpoint.config, path)
         dtype = dtype or torch_dtype or torch.float32
         for part in prefixes(checkpoint.config):
             if part not in parts:
