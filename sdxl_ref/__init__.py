@@ -12,14 +12,12 @@ _NAMES = {
     "config": ["TextEncoderConfig", "UNetConfig", "VAEConfig"],
     "diffusion.samplers": ["SAMPLERS"],
     "diffusion.schedule": ["NoiseSchedule"],
+    "ecosystem": ["DiffusionPipeline", "EnsemblePipeline", "ImageToImagePipeline", "TextToImagePipeline"],
     "images": ["load_image"],
     "networks.clip_l": ["CLIPTextEncoder"],
     "networks.openclip_g": ["OpenCLIPTextEncoder"],
     "networks.unet": ["UNet"],
     "networks.vae": ["AutoencoderKL"],
-    "pipelines.ensemble": ["EnsemblePipeline"],
-    "pipelines.image_to_image": ["ImageToImagePipeline"],
-    "pipelines.text_to_image": ["TextToImagePipeline"],
     "tokenizer": ["tokenize"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -14,6 +14,7 @@ COMMANDS = {  # each a module of sdxl_ref.commands with `arguments(parser)` and 
     "refine": "refine a picture under a prompt",
     "generate": "make pictures from a prompt: base, ensemble of experts, or two stages",
     "evaluate": "measure a base and a refiner that paint scenes",
+    "fetch": "download an official file and check its hash",
     "info": "tell what a checkpoint is",
 }
 

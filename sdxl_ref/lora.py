@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -210,3 +211,27 @@ def path_and_scale(text: str) -> tuple[Path, float]:
         return (Path(name), float(scale)) if colon else (Path(text), 1.0)
     except ValueError:
         return Path(text), 1.0
+
+
+def put_on(pipelines: Sequence[Any], given: Sequence[str]) -> list[str]:
+    """Apply adapters (`FILE` or `FILE:scale`) to each pipeline that they fit; returns what to tell of each.
+
+    An adapter that fits none of the pipelines is an InputError.
+    """
+    wanted: list[list[tuple[Adapter, float]]] = [[] for _ in pipelines]
+    lines = []
+    for text in given:
+        path, scale = path_and_scale(text)
+        found, errors = read(path), []
+        for pipe, own in zip(pipelines, wanted, strict=True):
+            try:
+                own.append((fit(found, pipe.config), scale))
+                lines.append(f"{path.name} at {scale:g} on the {pipe.config.kind}: {own[-1][0]}")
+            except InputError as error:
+                errors.append(error)
+        if len(errors) == len(pipelines):
+            raise InputError(f"{path}: {errors[0]}")
+    for pipe, own in zip(pipelines, wanted, strict=True):
+        parts = {part: getattr(pipe, part) for part in prefixes(pipe.config) if part != "vae"}
+        Applied(parts).apply(*own)
+    return lines

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdxl_ref.config import ModelConfig
+from sdxl_ref.ecosystem import ImageToImagePipeline
 from sdxl_ref.networks.clip_l import CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
 
 Tamper = Callable[[Any], Any]
 EXACT = 1e-10  # float64: tells an eps of 1e-5 from 1e-6, which random weights in float32 hide

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sdxl_ref.checkpoint import CONFIG_KEY, KNOWN_FILES, build, build_empty, open_checkpoint, prefixes
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+from sdxl_ref.ecosystem import ImageToImagePipeline
 from sdxl_ref.saving import save_checkpoint
 
 OPENCLIP = TextEncoderConfig(width=64, heads=1, layers=2, embed_dim=48, vocab_size=96)

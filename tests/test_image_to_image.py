@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.schedule import NoiseSchedule
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
+from sdxl_ref.ecosystem import ImageToImagePipeline
+from sdxl_ref.pipelines.image_to_image import ImageToImageRequest
 
 
 @pytest.fixture

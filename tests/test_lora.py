@@ -1,5 +1,6 @@
 """Adapters: every form against the library that writes it, on diffusers' and transformers' own networks."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,54 @@ def test_a_third_factor_of_a_convolution() -> None:
     f = torch.nn.functional.conv2d
     delta = lora.Factors(down, up, 3.0, mid).delta()
     assert peers.distance(f(x, delta, padding=1), f(f(f(x, down), mid, padding=1), up)) < 1e-6
+
+
+def test_refine_with_adapters(
+    small_refiner_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture is that of a checkpoint with the adapters merged in; the settings tell of them."""
+    from PIL import Image
+
+    from sdxl_ref.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Image.radial_gradient("L").convert("RGB").resize((64, 64)).save("in.png")
+    file = random_file(peers.SMALL_REFINER, tmp_path / "a.safetensors")
+    merge(small_refiner_file, [(file, 0.5)], tmp_path / "merged.safetensors")
+    common = ["refine", "in.png", "--prompt", "x", "--steps", "4", "--strength", "0.5", "--dtype", "float32"]
+    plain = [*common, "--checkpoint", str(small_refiner_file)]
+    assert main([*plain, "--out", "plain.png"]) == 0
+    assert main([*plain, "--lora", f"{file}:0.5", "--out", "lora.png"]) == 0
+    assert "a.safetensors at 0.5 on the refiner" in capsys.readouterr().out
+    assert main([*common, "--checkpoint", "merged.safetensors", "--out", "merged.png"]) == 0
+    pictures = {}
+    for name in ("plain", "lora", "merged"):
+        with Image.open(f"{name}.png") as picture:
+            settings = json.loads(picture.text["sdxl_ref"])  # type: ignore[attr-defined]
+            pictures[name] = torch.tensor(list(picture.convert("RGB").tobytes())).float()
+        assert settings["lora"] == ([f"{file}:0.5"] if name == "lora" else [])
+    assert (pictures["lora"] - pictures["merged"]).abs().max() <= 2  # merged weights are rounded to float16
+    assert (pictures["lora"] - pictures["plain"]).abs().max() > 8
+    assert main([*plain, "--lora", "none.safetensors", "--out", "x.png"]) == 2
+    assert not Path("x.png").exists()
+
+
+def test_generate_puts_an_adapter_on_whichever_model_it_fits(
+    small_base_file: Path, small_refiner_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sdxl_ref.cli import main
+
+    only_base = {
+        name: each
+        for name, each in load_file(random_file(peers.SMALL_BASE, tmp_path / "all.safetensors")).items()
+        if "transformer.text_model" in name
+    }
+    save_file(only_base, tmp_path / "base.safetensors")
+    command = ["generate", "--base", str(small_base_file), "--refiner", str(small_refiner_file), "--prompt", "x"]
+    command += ["--height", "64", "--width", "64", "--steps", "5", "--out", str(tmp_path / "o.png")]
+    assert main([*command, "--lora", str(tmp_path / "base.safetensors")]) == 0
+    printed = capsys.readouterr().out
+    assert "on the base" in printed
+    assert "on the refiner" not in printed
+    assert main([*command, "--low-memory", "--lora", str(tmp_path / "base.safetensors")]) == 2
+    assert "--lora changes weights that --low-memory drops" in capsys.readouterr().err

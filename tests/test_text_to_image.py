@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
+from sdxl_ref.ecosystem import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.on_demand import Slot
-from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
+from sdxl_ref.pipelines.ensemble import EnsembleRequest
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 10, "output_type": "latent"}
 SAMPLERS = ["euler", "ddim", "euler_ancestral", "ddpm", "heun", "dpmpp_2m", "dpmpp_2s_ancestral", "lms"]

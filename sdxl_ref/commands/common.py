@@ -24,6 +24,8 @@ def sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=seed, default=0, help="of the noise; the same seed gives the same picture")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
+    p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
+    p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="where the picture goes; replaced if it is there")
     p.add_argument("--save-latents", type=Path, metavar="FILE", help="also write the final latents, as safetensors")
 

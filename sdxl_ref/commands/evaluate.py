@@ -10,8 +10,7 @@ from typing import Any
 
 from sdxl_ref.commands.common import writable
 from sdxl_ref.config import InputError
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
+from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.pocket.evaluate import (
     HOW,
     LEVELS,
@@ -49,7 +48,7 @@ def run(a: argparse.Namespace) -> None:
     refiner = ImageToImagePipeline.from_single_file(a.refiner)
     began = time.perf_counter()
     figures: dict[str, Any] = {"prompts": a.prompts, "steps": a.steps, "guidance_scale": a.guidance_scale}
-    figures["vae_psnr"] = vae_quality(base.vae, chosen.drawn)  # type: ignore[arg-type]
+    figures["vae_psnr"] = vae_quality(base.vae, chosen.drawn)
     figures["levels"] = LEVELS
     every = denoising_errors(base, chosen, LEVELS), denoising_errors(refiner, chosen, LEVELS)
     figures["errors"] = {name: each.mean(dim=1).tolist() for name, each in zip(("base", "refiner"), every, strict=True)}

@@ -19,6 +19,7 @@ from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImage
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
 from sdxl_ref.saving import save_latents
 from sdxl_ref.sheets import contact_sheet
+from sdxl_ref.watermark import embed
 
 SHARED = ["prompt", "negative_prompt", "guidance_scale", "guidance_rescale", "sampler", "spacing", "karras"]
 BASE_ONLY = ("prompt_2", "negative_prompt_2", "height", "width")
@@ -66,6 +67,8 @@ def check(a: argparse.Namespace) -> None:
         raise InputError("--strength is that of the second stage: give --two-stage too, or leave it out")
     if a.two_stage and any(getattr(a, name) is not None for name in SWITCHES):
         raise InputError("--switch… is the ensemble's, --two-stage has none: give one of them")
+    if a.lora and a.low_memory:
+        raise InputError("--lora changes weights that --low-memory drops: leave one of them out")
     if a.num_images < 1:
         raise InputError(f"--num-images must be at least 1, found {a.num_images}")
 
@@ -98,6 +101,8 @@ def run(a: argparse.Namespace) -> None:
         if a.two_stage:
             latents = drain(refiner, replace(second, image=latents), plans[1])
         pictures = from_tensor(base.decode(latents))
+    if a.watermark:
+        pictures = [embed(picture) for picture in pictures]
     settings = record(a, base, refiner, plans) | {"size": "{}x{}".format(*pictures[0].size)}
     if a.save_latents:
         save_latents(a.save_latents, latents, 0.0)
@@ -123,6 +128,10 @@ def pipelines(a: argparse.Namespace) -> tuple[TextToImagePipeline, ImageToImageP
         print(f"{pipe.checkpoint.path.name}: {pipe.checkpoint.name}, {a.dtype} on {pipe.device}")
         if pipe.checkpoint.note:
             print(f"note: {pipe.checkpoint.note}")
+    if a.lora:
+        from sdxl_ref.lora import put_on
+
+        print("\n".join(put_on([pipe for pipe in (base, refiner) if pipe is not None], a.lora)))
     return base, refiner
 
 
@@ -131,7 +140,7 @@ def record(
 ) -> dict[str, Any]:
     """Everything that it takes to make the pictures again but their size and seed."""
     assert base.checkpoint is not None
-    own = ["command", "dtype", *SHARED, *BASE_ONLY]
+    own = ["command", "dtype", "lora", "watermark", *SHARED, *BASE_ONLY]
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
     settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
     settings |= identity(base.checkpoint)

@@ -43,13 +43,21 @@ def run(a: argparse.Namespace) -> None:
     print(f"{pipe.checkpoint.path.name}: {pipe.checkpoint.name}, {a.dtype} on {device}")
     if pipe.checkpoint.note:
         print(f"note: {pipe.checkpoint.note}")
+    if a.lora:
+        from sdxl_ref.lora import put_on
+
+        print("\n".join(put_on([pipe], a.lora)))
     print(f"picture: {loaded.width}x{loaded.height}, used at {picture.width}x{picture.height}")
     print(f"plan: {plan}", flush=True)
     with torch.no_grad():
         for step in tqdm(pipe.steps(request), total=len(plan.grid.timesteps), unit="step", disable=None):
             latents, sigma = step.x, float(step.sigma)
         [result] = from_tensor(pipe.decode(latents))
-    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype")}
+    if a.watermark:
+        from sdxl_ref.watermark import embed
+
+        result = embed(result)
+    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "lora", "watermark")}
     settings |= {"image": Path(a.image).name, "size": f"{picture.width}x{picture.height}", "device": str(device)}
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **identity(pipe.checkpoint)}
     settings["unconditional"] = "negative prompt, encoded even where empty" if a.guidance_scale > 1 else "none"

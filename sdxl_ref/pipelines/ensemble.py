@@ -15,7 +15,7 @@ from sdxl_ref.diffusion.denoiser import Denoiser
 from sdxl_ref.diffusion.samplers import SAMPLERS, Step
 from sdxl_ref.diffusion.schedule import Grid, NoiseSchedule
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.pipelines.pipeline import Runnable, run
+from sdxl_ref.pipelines.pipeline import run
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
 
 
@@ -62,7 +62,7 @@ def _of_base(name: str) -> Any:
     return property(lambda self: getattr(self.base, name), lambda self, part: setattr(self.base, name, part))
 
 
-class EnsemblePipeline(Runnable):
+class EnsemblePipeline:
     """A base and a refiner as one. Parts that pipelines have (`unet`, `vae`, …) are the base's."""
 
     request_type = EnsembleRequest

@@ -1,7 +1,7 @@
 """What every pipeline has: its parts, where they come from, where they run, and how results leave."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -77,27 +77,14 @@ class Plan(NamedTuple):
         return f"{len(self.grid.timesteps)} of {self.num_inference_steps} steps, sigma {first:.4g} → {last:.4g}"
 
 
-class Runnable:
-    """What a caller sees of every pipeline: a request in, steps or a result out."""
-
-    request_type: type[Any]
-    steps: Callable[..., Iterator[Step]]  # of a request
-    decode: Callable[..., Tensor]  # latents (b,4,h,w) -> pictures (b,3,H,W) in [0,1]
-
-    def __call__(self, prompt: Prompt, **arguments: Any) -> Any:
-        """Run a request, made of these arguments, to its end: see `sdxl_ref.pipelines.result.finish`."""
-        from sdxl_ref.pipelines.result import finish
-
-        return finish(self, prompt, **arguments)
-
-
-class Pipeline(Runnable):
+class Pipeline:
     """The networks of one checkpoint. `text_encoder` is CLIP-L (None on a refiner), `text_encoder_2` OpenCLIP bigG.
 
     Every part may be replaced (compiled, fine-tuned); it is looked up when a run starts.
     """
 
     kind: str  # "base" or "refiner": what it runs
+    request_type: type[Any]
 
     def __init__(
         self, config: ModelConfig, unet: Module, vae: Module, text_encoder_2: Module, text_encoder: Module | None = None
@@ -123,6 +110,7 @@ class Pipeline(Runnable):
         dtype: Dtype = None,
         device: Any = "cpu",
         slot: Any = None,
+        variant: str | None = None,
         **parts: Module,
     ) -> Self:
         """Open a safetensors file in the official layout, or a folder in diffusers'; float32 by default.
@@ -131,7 +119,7 @@ class Pipeline(Runnable):
         shared instead of loaded; with a `slot` (of `on_demand`) each part is read when it works and dropped for the
         next. Raises InputError as `open_checkpoint` does, and for a model this pipeline cannot run.
         """
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, variant)
         cls.check(checkpoint.config, path)
         dtype = dtype or torch_dtype or torch.float32
         for part in prefixes(checkpoint.config):

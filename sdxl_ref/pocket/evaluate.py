@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdxl_ref.config import InputError
+from sdxl_ref.ecosystem import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.networks.vae import AutoencoderKL
-from sdxl_ref.pipelines.ensemble import EnsemblePipeline
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
 from sdxl_ref.pocket.distance import patch_distances
 from sdxl_ref.pocket.judge import Marks, judge
 from sdxl_ref.pocket.scenes import SIZE, Scene, draw, random_scene
@@ -92,7 +91,7 @@ class Painters:
 
     def __init__(self, base: TextToImagePipeline, refiner: ImageToImagePipeline, steps: int, guidance: float) -> None:
         self.base, self.refiner, self.steps = base, refiner, steps
-        self.common = {"guidance_scale": guidance, "output_type": "pt"}
+        self.common: dict[str, Any] = {"guidance_scale": guidance, "output_type": "pt"}
         self.second = math.floor(0.3 * steps * 0.8 + 0.5)  # the second stage runs these of `self.whole` steps
         self.whole = math.ceil(self.second / 0.3)
 

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from sdxl_ref.checkpoint import build, prefixes
 from sdxl_ref.conditioning import Numbers
 from sdxl_ref.config import InputError
+from sdxl_ref.ecosystem import TextToImagePipeline
 from sdxl_ref.networks.vae import AutoencoderKL
 from sdxl_ref.noise import draw_noise
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
 from sdxl_ref.pocket.judge import judge
 from sdxl_ref.pocket.models import BASE, CONFIGS, start
 from sdxl_ref.pocket.scenes import SIZE, draw, random_scene

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from sdxl_ref.diffusion.samplers import SAMPLERS
 from sdxl_ref.diffusion.schedule import SPACINGS, NoiseSchedule
-from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest, Experts
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
+from sdxl_ref.ecosystem import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref.pipelines.ensemble import EnsembleRequest, Experts
 
 Log = list[tuple[float, str]]
 STEPS = [5, 8, 13, 20, 37, 50]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdxl_ref.diffusion.schedule import NoiseSchedule
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+from sdxl_ref.ecosystem import ImageToImagePipeline
 
 SCHEDULERS = {"euler": "EulerDiscreteScheduler", "ddpm": "DDPMScheduler"}
 

@@ -7,8 +7,7 @@ import peers
 import pytest
 import torch
 
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
+from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),

@@ -95,8 +95,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_each_way_of_painting_takes_the_same_number_of_evaluations(untrained: dict[str, Path]) -> None:
-    from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-    from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
+    from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
 
     base = TextToImagePipeline.from_single_file(untrained["base"])
     refiner = ImageToImagePipeline.from_single_file(untrained["refiner"])

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from sdxl_ref.checkpoint import open_checkpoint
 from sdxl_ref.config import InputError
+from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.folder import EXTRAS_FILE, open_folder
-from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
 from weights_convert.cli import main
 from weights_convert.convert import convert
 

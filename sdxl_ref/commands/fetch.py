@@ -1,0 +1,21 @@
+"""`sdxl-ref fetch`: download an official file from the hub, and check its hash."""
+
+import argparse
+from pathlib import Path
+
+from sdxl_ref.config import InputError
+from sdxl_ref.hub import REPOSITORIES, fetch
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "model", choices=tuple(REPOSITORIES), help="which official file: 6.1 GB the refiner, 6.9 GB the base"
+    )
+    p.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where it goes; the current folder")
+    p.add_argument("--revision", help="branch, tag or commit of the repository")
+
+
+def run(a: argparse.Namespace) -> None:
+    if not a.out.is_dir():
+        raise InputError(f"expected an existing folder, found {a.out}")
+    print(f"{fetch(a.model, a.out, revision=a.revision)}: sha256 is the official one")

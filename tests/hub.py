@@ -1,0 +1,87 @@
+"""A small hub on the loopback, with the routes of the Hugging Face hub that huggingface_hub uses to read a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+
+class Hub:
+    """Serves folders as repositories: `repositories["owner/name"] = folder`. `requests` are the paths asked for."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Path] = {}
+        self.requests: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.answer(body=False)
+
+            def do_GET(self) -> None:
+                self.answer(body=True)
+
+            def answer(self, body: bool) -> None:
+                path = unquote(urlparse(self.path).path)
+                hub.requests.append(path)
+                status, headers, data = hub.respond(path)
+                begin = 0
+                if (wanted := self.headers.get("Range")) and status == 200:
+                    begin = int(wanted.removeprefix("bytes=").split("-")[0])
+                    status, headers["Content-Range"] = 206, f"bytes {begin}-{len(data) - 1}/{len(data)}"
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data) - begin))
+                self.end_headers()
+                if body:
+                    self.wfile.write(data[begin:])
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def commit(self, name: str) -> str:
+        return hashlib.sha1(name.encode()).hexdigest()
+
+    def respond(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            return self.model("/".join(parts[2:4]), parts[4:])
+        name = "/".join(parts[:2])
+        if name not in self.repositories or parts[2:3] != ["resolve"]:
+            return self.missing("RepoNotFound")
+        file = self.repositories[name] / "/".join(parts[4:])
+        if not file.is_file():
+            return self.missing("EntryNotFound")
+        data = file.read_bytes()
+        headers = {"X-Repo-Commit": self.commit(name), "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        return 200, headers | {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}, data
+
+    def model(self, name: str, rest: list[str]) -> tuple[int, dict[str, str], bytes]:
+        if name not in self.repositories:
+            return self.missing("RepoNotFound")
+        folder = self.repositories[name]
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        kind = {"Content-Type": "application/json"}
+        if rest[:1] == ["tree"]:
+            sizes = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files]
+            return 200, kind, json.dumps(sizes).encode()
+        info = {"id": name, "modelId": name, "sha": self.commit(name), "private": False, "tags": [], "downloads": 0}
+        return 200, kind, json.dumps(info | {"siblings": [{"rfilename": file} for file in files]}).encode()
+
+    def missing(self, code: str) -> tuple[int, dict[str, str], bytes]:
+        return 404, {"X-Error-Code": code, "X-Error-Message": code, "Content-Type": "application/json"}, b"{}"
