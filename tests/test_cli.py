@@ -29,8 +29,8 @@ import sdxl_ref
 from sdxl_ref.checkpoint import CONFIG_KEY, build, prefixes
 from sdxl_ref.cli import main
 from sdxl_ref.diffusion.schedule import NoiseSchedule
-from sdxl_ref.ecosystem import ImageToImagePipeline
 from sdxl_ref.images import from_tensor, load_image
+from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
