@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sdxl_ref
+from sdxl_ref import ecosystem
 from sdxl_ref.checkpoint import CONFIG_KEY, build, prefixes
 from sdxl_ref.cli import main
 from sdxl_ref.diffusion.schedule import NoiseSchedule
@@ -146,7 +147,7 @@ def test_the_picture_is_the_pipelines(refine: Command, here: Path, photo: Path, 
     options = {"guidance_scale": 3.0, "guidance_rescale": 0.5, "aesthetic_score": 7.5, "sampler": "ddpm"}
     options |= {"spacing": "trailing", "negative_prompt": "a dog", "strength": 0.75, "negative_aesthetic_score": 1.0}
     assert refine(seed=11, device="cpu", out="out.png", karras=True, **options) == 0
-    pipe = ImageToImagePipeline.from_single_file(small_refiner_file)
+    pipe = ecosystem.ImageToImagePipeline.from_single_file(small_refiner_file)
     generator = torch.Generator().manual_seed(11)
     [image] = pipe(
         "a cat", image=load_image(photo), num_inference_steps=4, karras=True, generator=generator, **options
