@@ -55,12 +55,25 @@ class Folder(Checkpoint):
 
     def sha256(self) -> str:
         """Of all the files of weights, one behind the other in the order of their names."""
-        digest = hashlib.sha256()
-        for path in sorted({path for _, places in self.sources.values() for path, _ in places}):
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(*sorted({path for _, places in self.sources.values() for path, _ in places}))
+
+
+def sha256_of(*paths: Path, start: int = 0) -> str:
+    """Of files, one behind the other, each from byte `start` on; read once, in blocks."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            file.seek(start)
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def part_rules(part: str, config: ModelConfig) -> tuple[dict[str, Tensor], list[layouts.Rule]]:
+    """The state of a part by official name, on the meta device, and the rule of each of its tensors."""
+    network = build_empty(part, config)
+    state = network.state_dict()
+    return state, layouts.rules(layouts.PARTS[part], state, getattr(network, "config", None))
 
 
 def open_folder(folder: Path, variant: str | None = None) -> Folder:
@@ -73,8 +86,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Folder:
     sources: dict[str, tuple[layouts.Rule | None, list[tuple[Path, str]]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for part, prefix in prefixes(config).items():
-        network = build_empty(part, config)
-        rules = layouts.rules(layouts.PARTS[part], network.state_dict(), getattr(network, "config", None))
+        _, rules = part_rules(part, config)
         names = tensors(folder / part, variant)
         for rule in rules:
             others = [names.pop(found_name(name, names), None) for name in rule.other]

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdxl_ref.checkpoint import KNOWN_FILES
 from sdxl_ref.config import InputError
-from sdxl_ref.folder import INDEX, STEMS
+from sdxl_ref.folder import INDEX, STEMS, sha256_of
 
 REPOSITORIES = {
     "refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0", "sd_xl_refiner_1.0.safetensors"),
@@ -49,20 +49,14 @@ def patterns(variant: str | None) -> list[str]:
 
 def fetch(kind: str, folder: Path, **options: Any) -> Path:
     """Download the official file of a "refiner" or "base" into a folder, and check its sha256."""
-    import hashlib
-
     from huggingface_hub import hf_hub_download
 
     repository, name = REPOSITORIES[kind]
     path = Path(_told(hf_hub_download, repository, name, local_dir=folder, **options))
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 24):
-            digest.update(block)
-    if KNOWN_FILES.get(digest.hexdigest(), ("",))[0] != name.removesuffix(".safetensors"):
+    found = sha256_of(path)
+    if KNOWN_FILES.get(found, ("",))[0] != name.removesuffix(".safetensors"):
         refused = path.rename(path.with_suffix(".refused"))  # not under the name of what it is not
         [expected] = (known for known, (stem, _) in KNOWN_FILES.items() if f"{stem}.safetensors" == name)
-        found = digest.hexdigest()
         raise InputError(f"{refused} is not the official file: expected sha256 {expected}, found {found}")
     return path
 

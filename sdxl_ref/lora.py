@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdxl_ref import layouts
-from sdxl_ref.checkpoint import PICKLES, build_empty, prefixes
+from sdxl_ref.checkpoint import PICKLES, prefixes
 from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.folder import part_rules
 from sdxl_ref.layouts import Place
 
 ROLES = {
@@ -50,11 +51,14 @@ class Factors:
 
     def delta(self) -> Tensor:
         """What is added to the weight at scale 1, in float32: (out,in) or (out,in,kh,kw)."""
-        down, up = self.down.float(), self.up.float()
-        up = up.flatten(1)  # (out,r,1,1) -> (out,r)
-        if self.mid is not None:
-            down = torch.einsum("rs...,si->ri...", self.mid.float(), down.flatten(1))
-        return torch.tensordot(up, down, dims=1) * (self.alpha / self.rank)
+        up = self.up.float().flatten(1)  # (out,r,1,1) -> (out,r)
+        return torch.tensordot(up, self.kernel().float(), dims=1) * (self.alpha / self.rank)
+
+    def kernel(self) -> Tensor:
+        """`down` with `mid`, where there is one, folded in, then in float32: (r,in) or (r,in,kh,kw)."""
+        if self.mid is None:
+            return self.down
+        return torch.einsum("rs...,si->ri...", self.mid.float(), self.down.float().flatten(1))
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,7 @@ def fit(found: Mapping[str, Factors], config: ModelConfig) -> Adapter:
     shapes: dict[Place, torch.Size] = {}
     for part, prefix in prefixes(config).items():
         if part != "vae":
-            network = build_empty(part, config)
-            state = network.state_dict()
-            rules = layouts.rules(layouts.PARTS[part], state, getattr(network, "config", None))
+            state, rules = part_rules(part, config)
             own = layouts.adapter_names(part, prefix, rules)
             names |= own
             shapes |= {place: place.block(state[place.key]).shape for place in set(own.values())}

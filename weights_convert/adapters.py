@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,12 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_ref import layouts, lora
-from sdxl_ref.checkpoint import build_empty, open_checkpoint, prefixes
+from sdxl_ref.checkpoint import open_checkpoint, prefixes
 from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.folder import part_rules
 from sdxl_ref.layouts import Place
 from sdxl_ref.lora import Adapter, Factors
-from weights_convert.convert import Report, bar, dtypes_of, entry, model_spec
-from weights_convert.stream import Entry, beside, check_target, clear, put_in_place, total, write_file
+from weights_convert.convert import Report, dtypes_of, entry, model_spec, save
+from weights_convert.stream import Entry
 
 FORMS = ("official", "kohya", "peft")
 
@@ -80,9 +80,7 @@ def matrices(config: ModelConfig) -> dict[Place, str]:
     found: dict[Place, str] = {}
     for part, prefix in prefixes(config).items():
         if part != "vae":
-            network = build_empty(part, config)
-            state = network.state_dict()
-            rules = layouts.rules(layouts.PARTS[part], state, getattr(network, "config", None))
+            state, rules = part_rules(part, config)
             for place in layouts.places(part, rules).values():
                 stacked = any(place.key == rule.official and len(rule.other) > place.count for rule in rules)
                 if state[place.key].ndim >= 2 and not stacked:
@@ -119,9 +117,7 @@ def write_adapter(target: Path, adapter: Adapter, config: ModelConfig, form: str
         raise InputError(f"unknown form {form!r}: expected one of {', '.join(FORMS)}")
     tensors: dict[str, Tensor] = {}
     for name, factors in named(adapter, config, form).items():
-        down, up = factors.down, factors.up
-        if factors.mid is not None:  # no form but kohya's has a third factor
-            down = torch.einsum("rs...,si->ri...", factors.mid.float(), down.float().flatten(1)).to(down.dtype)
+        down, up = factors.kernel().to(factors.down.dtype), factors.up  # only kohya's form has a third factor
         if form == "kohya":
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
             tensors[f"{name}.alpha"] = torch.tensor(factors.alpha)
@@ -159,8 +155,7 @@ def named(adapter: Adapter, config: ModelConfig, form: str) -> dict[str, Factors
 
 
 def names_of(part: str, config: ModelConfig, form: str) -> dict[Place, str]:
-    network = build_empty(part, config)
-    rules = layouts.rules(layouts.PARTS[part], network.state_dict(), getattr(network, "config", None))
+    _, rules = part_rules(part, config)
     prefix = prefixes(config)[part]
     by_official = {layouts.module_of(rule.official) for rule in rules}
     same = part == "text_encoder"  # whose official names are transformers'
@@ -188,15 +183,3 @@ def joined(first: Factors, second: Factors) -> Factors:
     """The sum of two changes as one: ranks add up."""
     rank = first.rank + second.rank
     return Factors(torch.cat([first.down, second.down]), torch.cat([first.up, second.up], dim=1), float(rank))
-
-
-def save(target: Path, entries: list[Entry], metadata: Mapping[str, str], force: bool) -> None:
-    check_target(target, total(entries), force)
-    try:
-        with bar(entries) as progress:
-            write_file(beside(target), entries, metadata, progress)
-        put_in_place(target)
-    except OSError as error:
-        raise InputError(f"could not write {target}: {error.strerror or error}") from error
-    finally:
-        clear(beside(target))

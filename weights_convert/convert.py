@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_ref import layouts
-from sdxl_ref.checkpoint import CONFIG_KEY, Checkpoint, build_empty, open_checkpoint, prefixes
+from sdxl_ref.checkpoint import CONFIG_KEY, Checkpoint, open_checkpoint, prefixes
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
-from sdxl_ref.folder import EXTRAS_FILE, Folder
+from sdxl_ref.folder import EXTRAS_FILE, Folder, part_rules
 from weights_convert import folder_files
 from weights_convert.parts import Tensors, openclip_tensors, vae_tensors
 from weights_convert.stream import DTYPES, HASH_KEY, Entry, beside, check_target, clear, put_in_place, total, write_file
@@ -98,18 +98,24 @@ def to_file(
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     entries += defaults(checkpoint, common, report)
     metadata = model_spec(checkpoint.config) | dict(checkpoint.metadata)
+    digest = save(target, sorted(entries), metadata, force)
+    report.lines.append(f"{target}: {len(entries)} tensors, {total(entries) / 1e9:.2f} GB, sha256 of them {digest}")
+
+
+def save(target: Path, entries: list[Entry], metadata: Mapping[str, str], force: bool) -> str:
+    """Write one file beside and put it in place; returns the sha256 of its tensors."""
     check_target(target, total(entries), force)
     if target.is_dir():
         raise InputError(f"{target} is a folder: name a file for the official layout")
     try:
         with bar(entries) as progress:
-            digest = write_file(beside(target), sorted(entries), metadata, progress)
+            digest = write_file(beside(target), entries, metadata, progress)
         put_in_place(target)
     except OSError as error:
         raise InputError(f"could not write {target}: {error.strerror or error}") from error
     finally:
         clear(beside(target))
-    report.lines.append(f"{target}: {len(entries)} tensors, {total(entries) / 1e9:.2f} GB, sha256 of them {digest}")
+    return digest
 
 
 def defaults(checkpoint: Checkpoint, dtype: torch.dtype, report: Report) -> list[Entry]:
@@ -191,8 +197,7 @@ def to_folder(
 
 def with_place(part: str, config: ModelConfig) -> dict[str, layouts.Rule]:
     """Official names, prefix included, of the tensors that have a place in a folder, and the rule of each."""
-    network = build_empty(part, config)
-    rules = layouts.rules(layouts.PARTS[part], network.state_dict(), getattr(network, "config", None))
+    _, rules = part_rules(part, config)
     return {prefixes(config)[part] + rule.official: rule for rule in rules if rule.other}
 
 

@@ -11,6 +11,7 @@ import torch
 
 from sdxl_ref.checkpoint import EXTRAS, KNOWN_FILES, Checkpoint, open_checkpoint, prefixes
 from sdxl_ref.config import InputError
+from sdxl_ref.folder import sha256_of
 from weights_convert.convert import dtypes_of
 from weights_convert.stream import HASH_KEY
 
@@ -74,17 +75,12 @@ def verify(path: Path, variant: str | None = None) -> list[Verdict]:
 
 def own_hash(checkpoint: Checkpoint) -> list[Verdict]:
     """The hash of all tensors that a file's metadata may carry (ModelSpec), against its tensors."""
-    import hashlib
-
     claimed = checkpoint.metadata.get(HASH_KEY)
     if claimed is None:
         return []
-    digest = hashlib.sha256()
     with checkpoint.path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        while block := file.read(1 << 24):
-            digest.update(block)
-    found = f"0x{digest.hexdigest()}"
+        header = int.from_bytes(file.read(8), "little")
+    found = f"0x{sha256_of(checkpoint.path, start=8 + header)}"
     return [
         Verdict("ModelSpec hash", claimed == found, found if claimed == found else f"{found}, but it says {claimed}")
     ]
