@@ -2,9 +2,10 @@
 
     python -m sdxl_ref.pocket.recipe --out DIR [--device cuda] [--stage vae …]
 
-Stages: `vae` (autoencoder on crops of scenes), `latents` (scenes through it, once), `base` (UNet and both text
-towers), `refiner` (its UNet on t in 0..199, with the base's OpenCLIP tower), `write` (two files in the official
-layout, float16). The time of each is kept in DIR/times.json; README.md beside this file has the figures.
+Stages: `towers` (both text towers, on captions and what their pictures show; frozen afterwards, as SDXL's are), `vae`
+(autoencoder on crops of scenes), `latents` (scenes through it, once), `base` (its UNet), `refiner` (its UNet on t in
+0..199, with the base's OpenCLIP tower), `write` (two files in the official layout, float16). The time of each is kept
+in DIR/times.json; README.md beside this file has the figures.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import time
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,28 +33,32 @@ from sdxl_ref.ecosystem import TextToImagePipeline
 from sdxl_ref.networks.vae import AutoencoderKL
 from sdxl_ref.noise import draw_noise
 from sdxl_ref.pocket.judge import judge
-from sdxl_ref.pocket.models import BASE, CONFIGS, start
-from sdxl_ref.pocket.scenes import SIZE, draw, random_scene
+from sdxl_ref.pocket.models import BASE, CLIP, CONFIGS, OPENCLIP, start
+from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, SHAPES, SIZE, TEXTURES, Scene, draw, random_scene
 from sdxl_ref.saving import save_checkpoint, write
 from sdxl_ref.sheets import contact_sheet
+from sdxl_ref.tokenizer import tokenize
 from sdxl_ref.training.diffusion import Batch, Objective
 from sdxl_ref.training.loop import Run, Settings
 
-STAGES = ("vae", "latents", "base", "refiner", "write")
+STAGES = ("towers", "vae", "latents", "base", "refiner", "write")
+TOWERS = ("text_encoder", "text_encoder_2")
 Pixels = NDArray[np.uint8]
 SEED = 1
 SCENES = 40_000
 SOFT = 0.1  # share of pictures of half the resolution, which the numbers tell of
 KL_WEIGHT = 1e-6
-CROP, CROPS = 64, 24  # pixels a side, and how many a step, of the autoencoder's training
+CROP, CROPS = 64, 8  # pixels a side, and how many a step, of the autoencoder's training
+CAPTIONS = 128  # a step of the towers' training
 SETTINGS = {
-    "vae": Settings(steps=5_000, learning_rate=1e-3, weight_decay=0.0),
-    "base": Settings(steps=40_000, learning_rate=1e-3, ema=0.9995),
-    "refiner": Settings(steps=20_000, learning_rate=1e-3, ema=0.9995),
+    "towers": Settings(steps=3_000, learning_rate=2e-3, ema=0.99),
+    "vae": Settings(steps=6_000, learning_rate=1e-3, weight_decay=0.0),
+    "base": Settings(steps=10_000, learning_rate=1e-3),
+    "refiner": Settings(steps=4_000, learning_rate=1e-3),
 }
 SAMPLE_EVERY = 2000
-BATCH = {"base": 64, "refiner": 64}
-OBJECTIVES = {"base": Objective(), "refiner": Objective(last=199)}
+BATCH = {"base": 32, "refiner": 32}
+OBJECTIVES = {"base": Objective(weighting="debiased"), "refiner": Objective(last=199)}
 
 
 class Told(NamedTuple):
@@ -90,6 +96,34 @@ def to_images(pixels: Pixels, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+class Reader(nn.Module):
+    """Reads off a tower's outputs what a picture shows; only there to train the towers by, like CLIP's image tower."""
+
+    FACTS = {  # by name: how many answers
+        "arrangement": 3,
+        **{f"{place} {what}": n + 1 for place in ("first", "last") for what, n in (("colour", 6), ("shape", 4))},
+        "ground": 3,
+        "texture": 3,
+    }
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.heads = nn.LayerNorm(width), nn.Linear(width, sum(self.FACTS.values()))
+
+    def forward(self, state: Tensor) -> tuple[Tensor, ...]:
+        """(b,width) -> the logits of each fact, (b,answers)."""
+        return self.heads(self.norm(state)).split(list(self.FACTS.values()), dim=1)
+
+    @staticmethod
+    def facts(scene: Scene) -> list[int]:
+        """The right answers. A single thing is the first and leaves the last answer ("none") for the other."""
+        colours, things = tuple(COLOURS), scene.by_place
+        arrangement = 0 if len(things) == 1 else 1 + (scene.relation in ("above", "below"))
+        found = [(colours.index(thing.colour), SHAPES.index(thing.shape)) for thing in things]
+        found += [(len(colours), len(SHAPES))] * (2 - len(things))
+        return [arrangement, *found[0], *found[1], tuple(GROUNDS).index(scene.ground), TEXTURES.index(scene.texture)]
+
+
 class Recipe:
     """The stages, in a folder, on a device."""
 
@@ -103,8 +137,8 @@ class Recipe:
         try:
             if stage in ("base", "refiner"):
                 self.unet(stage, stop)
-            elif stage == "vae":
-                self.vae(stop)
+            elif stage in SETTINGS:
+                getattr(self, stage)(stop)
             else:
                 getattr(self, stage)()
         finally:
@@ -127,6 +161,46 @@ class Recipe:
             words.write_text(json.dumps(told))
             beside.replace(path)
         return np.load(path, mmap_mode="r"), [Told(*row) for row in json.loads(words.read_text())]
+
+    def towers(self, stop: int | None = None) -> None:
+        """Each output that a UNet is handed learns to say what the picture shows, place by place."""
+        torch.manual_seed(SEED)
+        towers = nn.ModuleDict({part: build(part, BASE) for part in TOWERS})
+        widths = {"context": CLIP.width, "context_2": OPENCLIP.width, "pooled": OPENCLIP.embed_dim}
+        readers = nn.ModuleDict({name: Reader(width) for name, width in widths.items()})
+        whole = nn.ModuleDict({**towers, "readers": readers}).to(self.device)
+
+        def answers(scenes: list[Scene]) -> tuple[dict[str, tuple[Tensor, ...]], Tensor]:
+            captions = [scene.caption for scene in scenes]
+            tokens = {"text_encoder": tokenize(captions, pad="eos"), "text_encoder_2": tokenize(captions, pad="zero")}
+            rows, end = torch.arange(len(scenes)), tokens["text_encoder"].argmax(dim=1)
+            context = towers["text_encoder"](tokens["text_encoder"].to(self.device))[rows, end]
+            context_2, pooled = towers["text_encoder_2"](tokens["text_encoder_2"].to(self.device))
+            states = {"context": context, "context_2": context_2[rows, end], "pooled": pooled}
+            facts = torch.tensor([Reader.facts(scene) for scene in scenes], device=self.device)
+            return {name: readers[name](state) for name, state in states.items()}, facts
+
+        def loss_of(step: int, generator: torch.Generator) -> Tensor:
+            rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+            logits, facts = answers([random_scene(rng, 1 + int(rng.random() < 2 / 3)) for _ in range(CAPTIONS)])
+            losses = [F.cross_entropy(a, facts[:, i]) for each in logits.values() for i, a in enumerate(each)]
+            return torch.stack(losses).mean()
+
+        run = Run(whole, SETTINGS["towers"], self.out / "towers", {"model": BASE.to_json()})
+        for _ in run.train(loss_of, stop=stop):
+            pass
+        whole.load_state_dict(whole.state_dict() | run.averaged)
+        rng = np.random.default_rng(0)
+        with torch.no_grad():
+            for held_out in (False, True):
+                logits, facts = answers([random_scene(rng, 2, held_out) for _ in range(500)])
+                for name, each in logits.items():
+                    guesses = torch.stack([a.argmax(dim=1) for a in each], dim=1)
+                    right = (guesses == facts).all(dim=1).float().mean()
+                    kept = "held out" if held_out else "trained on"
+                    tqdm.write(f"two things, {kept}: {name} tells everything for {right:.1%}")
+        state = {k: v.cpu().contiguous() for k, v in towers.state_dict().items()}
+        write(self.out / "towers.safetensors", state, {})
 
     def vae(self, stop: int | None = None) -> None:
         torch.manual_seed(SEED)
@@ -171,11 +245,11 @@ class Recipe:
         names = [part for part in prefixes(config) if part != "vae"]
         parts = nn.ModuleDict({part: build(part, config) for part in names})
         start(parts["unet"])  # type: ignore[arg-type]
-        if kind == "refiner":
-            trained = load_file(needed(self.out / "base.safetensors", "base"))
-            own = {k.removeprefix("text_encoder_2."): v for k, v in trained.items() if k.startswith("text_encoder_2.")}
-            parts["text_encoder_2"].load_state_dict(own)
-            parts["text_encoder_2"].requires_grad_(False)
+        trained = load_file(needed(self.out / "towers.safetensors", "towers"))
+        for name in (name for name in names if name in TOWERS):
+            own = {k.removeprefix(name + "."): v for k, v in trained.items() if k.startswith(name + ".")}
+            parts[name].load_state_dict(own)
+            parts[name].requires_grad_(False)
         parts.to(self.device)
         latents = load_file(needed(self.out / "latents.safetensors", "latents"))["latents"]
         _, told = self.pictures()
@@ -188,7 +262,8 @@ class Recipe:
             batch = Batch(latents[index].to(self.device).float(), [row.caption for row in rows], numbers)
             return objective.loss(parts, batch, generator)
 
-        run = Run(parts, settings, self.out / kind, {"model": config.to_json(), "scenes": self.scenes})
+        about = {"model": config.to_json(), "scenes": self.scenes, "batch": size, "objective": asdict(objective)}
+        run = Run(parts, settings, self.out / kind, about)
         for step in run.train(loss_of, stop=stop):
             if kind == "base" and step % SAMPLE_EVERY == 0:
                 self.sample(parts, run)

@@ -59,6 +59,11 @@ class Scene:
         return f"{things} on a {self.ground} {self.texture} background"
 
     @property
+    def by_place(self) -> tuple[Thing, ...]:
+        """The things from the top, or from the left: what two captions of one picture have in common."""
+        return self.things[::-1] if self.relation in ("below", "right of") else self.things
+
+    @property
     def held_out(self) -> bool:
         """A tenth of all pairs of things, and of all single things with a ground, are never trained on."""
         names = tuple(sorted(str(thing) for thing in self.things))

@@ -7,6 +7,7 @@ Shapes: b batch, h w latent height and width, k numbers (5 on a refiner, 6 on a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,12 @@ from sdxl_ref.conditioning import embed_numbers, encode_text
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.networks.unet import UNet
+
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of the error at noise level sigma; SNR = 1 / sigma^2
+    "uniform": torch.ones_like,
+    "min-snr": lambda sigma: (5 * sigma**2).clamp(max=1),  # min(SNR, 5) / SNR; Hang et al. 2023 (arXiv:2303.09556)
+    "debiased": lambda sigma: sigma,  # 1 / sqrt(SNR); Yu et al. 2023 (arXiv:2310.08442)
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,13 @@ class Objective:
     """The noise prediction loss over steps `first` to `last` (both included): a refiner's are 0 to 199.
 
     `drop` is the share of captions that are dropped, so that guidance has its other side: zeros in place of the
-    text's outputs on a base (two text encoders), the empty prompt on a refiner.
+    text's outputs on a base (two text encoders), the empty prompt on a refiner. `weighting` is a key of WEIGHTINGS.
     """
 
     first: int = 0
     last: int = 999
     drop: float = 0.1
+    weighting: str = "uniform"
 
     def __post_init__(self) -> None:
         if not 0 <= self.first <= self.last <= 999:
@@ -49,20 +57,24 @@ class Objective:
             )
         if not 0 <= self.drop <= 1:
             raise InputError(f"drop is a share from 0 to 1, found {self.drop}")
+        if self.weighting not in WEIGHTINGS:
+            raise InputError(f"weighting is one of {', '.join(WEIGHTINGS)}, found {self.weighting!r}")
 
     def loss(self, parts: nn.ModuleDict, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the predicted noise. Draws t, the noise and the dropped captions, in this order."""
+        """Weighted mean squared error of the predicted noise. Draws t, the noise and what is dropped, in this order."""
         t = torch.randint(self.first, self.last + 1, (len(batch.captions),), generator=generator)
         noise = torch.randn(batch.latents.shape, generator=generator)
         dropped = torch.rand(len(batch.captions), generator=generator) < self.drop
         context, y = conditioning(parts, batch, dropped)
-        return epsilon_loss(parts["unet"], batch.latents, t, noise.to(batch.latents.device), context, y)
+        noise = noise.to(batch.latents.device)
+        errors = epsilon_errors(parts["unet"], batch.latents, t, noise, context, y)
+        return (WEIGHTINGS[self.weighting](NoiseSchedule().sigmas[t]).to(errors) * errors).mean()
 
 
-def epsilon_loss(unet: nn.Module, latents: Tensor, t: Tensor, noise: Tensor, context: Tensor, y: Tensor) -> Tensor:
-    """At training steps t (b,): noise the latents, predict the noise, mean squared error in float32 (0-d)."""
+def epsilon_errors(unet: nn.Module, latents: Tensor, t: Tensor, noise: Tensor, context: Tensor, y: Tensor) -> Tensor:
+    """At training steps t (b,): noise the latents, predict the noise; each one's mean squared error, float32 (b,)."""
     eps = unet(noised(latents, t, noise), t.to(latents.device), context, y)
-    return F.mse_loss(eps.float(), noise.float())
+    return F.mse_loss(eps.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
 def noised(latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:

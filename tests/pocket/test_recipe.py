@@ -13,7 +13,8 @@ from sdxl_ref.checkpoint import build, open_checkpoint
 from sdxl_ref.config import InputError
 from sdxl_ref.pocket import recipe
 from sdxl_ref.pocket.models import BASE, CONFIGS, start
-from sdxl_ref.pocket.recipe import STAGES, Recipe, example, normalise
+from sdxl_ref.pocket.recipe import STAGES, Reader, Recipe, example, normalise
+from sdxl_ref.pocket.scenes import COLOURS, SHAPES, Scene, Thing
 from sdxl_ref.training.loop import Settings
 
 CPU = torch.device("cpu")
@@ -22,9 +23,10 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(steps=3, learning_rate=1e-3, warm_up=1)
-    monkeypatch.setattr(recipe, "SETTINGS", dict.fromkeys(("vae", "base", "refiner"), settings))
+    monkeypatch.setattr(recipe, "SETTINGS", dict.fromkeys(recipe.SETTINGS, settings))
     monkeypatch.setattr(recipe, "BATCH", {"base": 2, "refiner": 2})
     monkeypatch.setattr(recipe, "CROPS", 2)
+    monkeypatch.setattr(recipe, "CAPTIONS", 2)
 
 
 @pytest.mark.usefixtures("short")
@@ -41,12 +43,12 @@ def test_all_stages(tmp_path: Path) -> None:
         assert {str(t.dtype) for t in load_file(path).values()} == {"torch.float16"}
     base, refiner = (load_file(tmp_path / f"{kind}.safetensors") for kind in CONFIGS)
     shared = [key for key in refiner if key.startswith("text_encoder_2.")]
-    assert shared
+    assert shared  # the towers are frozen: both files have those of their own stage
     assert all(torch.equal(base[key], refiner[key]) for key in shared)
 
 
 def test_a_stage_without_the_one_before_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"run the stage '(latents|vae)' first"):
+    with pytest.raises(InputError, match="run the stage 'towers' first"):
         Recipe(tmp_path, CPU, scenes=10).run("base")
 
 
@@ -84,3 +86,17 @@ def test_a_unet_starts_as_nothing() -> None:
     x = torch.randn(1, 4, 16, 16)
     y = torch.randn(1, config.adm_in_channels)
     assert not unet(x, torch.tensor([5]), torch.randn(1, 77, config.context_dim), y).any()
+
+
+def test_what_the_towers_learn_is_of_the_picture_not_of_its_wording() -> None:
+    """Two captions of one picture have the same answers; the words of one are told apart by their places."""
+    one = Scene((Thing("red", "circle"), Thing("blue", "square")), "above", "white", "plain")
+    same = Scene((Thing("blue", "square"), Thing("red", "circle")), "below", "white", "plain")
+    other = Scene((Thing("red", "circle"), Thing("blue", "square")), "below", "white", "plain")
+    assert Reader.facts(one) == Reader.facts(same) != Reader.facts(other)
+    single = Reader.facts(Scene((Thing("red", "circle"),), None, "black", "striped"))
+    logits = Reader(8)(torch.randn(2, 8))
+    assert [each.shape[1] for each in logits] == list(Reader.FACTS.values())
+    for facts in (Reader.facts(one), single):
+        assert all(0 <= fact < n for fact, n in zip(facts, Reader.FACTS.values(), strict=True))
+    assert single[3:5] == [len(COLOURS), len(SHAPES)]

@@ -11,7 +11,8 @@ from sdxl_ref import layouts
 from sdxl_ref.checkpoint import build
 from sdxl_ref.conditioning import embed_numbers
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.training.diffusion import Batch, Objective, conditioning, epsilon_loss, noised
+from sdxl_ref.diffusion.schedule import NoiseSchedule
+from sdxl_ref.training.diffusion import WEIGHTINGS, Batch, Objective, conditioning, epsilon_errors, noised
 
 CONFIGS = {"base": peers.SMALL_BASE, "refiner": peers.SMALL_REFINER}
 
@@ -40,7 +41,7 @@ def test_loss_and_gradients_of_a_step_equal_diffusers(kind: str) -> None:
     noise = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(2))
     context, y = conditioning(networks, data, torch.zeros(3, dtype=torch.bool))
     unet = networks["unet"].requires_grad_(True)
-    loss = epsilon_loss(unet, data.latents, t, noise, context, y)
+    loss = epsilon_errors(unet, data.latents, t, noise, context, y).mean()
     loss.backward()
 
     peer = peers.diffusers_unet(unet).requires_grad_(True)  # type: ignore[arg-type]
@@ -126,7 +127,30 @@ def test_steps_are_uniform_over_the_range_and_captions_dropped_at_their_rate(fir
     assert 300 < seen.gone < 500
 
 
-@pytest.mark.parametrize("fields", [{"first": -1}, {"last": 1000}, {"first": 300, "last": 200}, {"drop": 1.5}])
+@pytest.mark.parametrize(
+    "fields", [{"first": -1}, {"last": 1000}, {"first": 300, "last": 200}, {"drop": 1.5}, {"weighting": "snr"}]
+)
 def test_ranges_are_checked(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="found"):
         Objective(**fields)
+
+
+def test_weightings_are_those_of_their_papers() -> None:
+    sigma = NoiseSchedule().sigmas
+    snr = 1 / sigma.double() ** 2
+    assert torch.allclose(WEIGHTINGS["min-snr"](sigma).double(), snr.clamp(max=5) / snr, rtol=1e-5)
+    assert torch.allclose(WEIGHTINGS["debiased"](sigma).double(), snr**-0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_weighted_loss_is_that_of_each_picture_at_its_step(weighting: str) -> None:
+    networks = parts(peers.SMALL_BASE)
+    networks["unet"] = seen = Seen()
+    data, generator = batch(peers.SMALL_BASE, ["a cup"] * 3), torch.Generator().manual_seed(7)
+    loss = Objective(weighting=weighting).loss(networks, data, generator)
+    generator.manual_seed(7)
+    torch.randint(0, 1000, (3,), generator=generator)
+    noise = torch.randn(data.latents.shape, generator=generator)
+    weights = WEIGHTINGS[weighting](NoiseSchedule().sigmas[torch.tensor(seen.steps)])
+    expected = sum(float(w) * float((n**2).mean()) for w, n in zip(weights, noise, strict=True)) / 3
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
