@@ -96,23 +96,24 @@ def to_images(pixels: Pixels, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+FACTS = {  # what a caption tells of a picture: how many answers each
+    "arrangement": 3,
+    **{f"{place} {what}": n + 1 for place in ("first", "last") for what, n in (("colour", 6), ("shape", 4))},
+    "ground": 3,
+    "texture": 3,
+}
+
+
 class Reader(nn.Module):
     """Reads off a tower's outputs what a picture shows; only there to train the towers by, like CLIP's image tower."""
 
-    FACTS = {  # by name: how many answers
-        "arrangement": 3,
-        **{f"{place} {what}": n + 1 for place in ("first", "last") for what, n in (("colour", 6), ("shape", 4))},
-        "ground": 3,
-        "texture": 3,
-    }
-
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.heads = nn.LayerNorm(width), nn.Linear(width, sum(self.FACTS.values()))
+        self.norm, self.heads = nn.LayerNorm(width), nn.Linear(width, sum(FACTS.values()))
 
     def forward(self, state: Tensor) -> tuple[Tensor, ...]:
         """(b,width) -> the logits of each fact, (b,answers)."""
-        return self.heads(self.norm(state)).split(list(self.FACTS.values()), dim=1)
+        return self.heads(self.norm(state)).split(list(FACTS.values()), dim=1)
 
     @staticmethod
     def facts(scene: Scene) -> list[int]:

@@ -13,7 +13,7 @@ from sdxl_ref.checkpoint import build, open_checkpoint
 from sdxl_ref.config import InputError
 from sdxl_ref.pocket import recipe
 from sdxl_ref.pocket.models import BASE, CONFIGS, start
-from sdxl_ref.pocket.recipe import STAGES, Reader, Recipe, example, normalise
+from sdxl_ref.pocket.recipe import FACTS, STAGES, Reader, Recipe, example, normalise
 from sdxl_ref.pocket.scenes import COLOURS, SHAPES, Scene, Thing
 from sdxl_ref.training.loop import Settings
 
@@ -96,7 +96,7 @@ def test_what_the_towers_learn_is_of_the_picture_not_of_its_wording() -> None:
     assert Reader.facts(one) == Reader.facts(same) != Reader.facts(other)
     single = Reader.facts(Scene((Thing("red", "circle"),), None, "black", "striped"))
     logits = Reader(8)(torch.randn(2, 8))
-    assert [each.shape[1] for each in logits] == list(Reader.FACTS.values())
+    assert [each.shape[1] for each in logits] == list(FACTS.values())
     for facts in (Reader.facts(one), single):
-        assert all(0 <= fact < n for fact, n in zip(facts, Reader.FACTS.values(), strict=True))
+        assert all(0 <= fact < n for fact, n in zip(facts, FACTS.values(), strict=True))
     assert single[3:5] == [len(COLOURS), len(SHAPES)]
