@@ -13,6 +13,7 @@ from sdxl_ref.config import InputError
 COMMANDS = {  # each a module of sdxl_ref.commands with `arguments(parser)` and `run(arguments)`
     "refine": "refine a picture under a prompt",
     "generate": "make pictures from a prompt: base, ensemble of experts, or two stages",
+    "train": "fine-tune a base or a refiner on a folder of pictures: a LoRA, or the whole UNet",
     "evaluate": "measure a base and a refiner that paint scenes",
     "fetch": "download an official file and check its hash",
     "info": "tell what a checkpoint is",

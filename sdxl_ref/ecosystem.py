@@ -82,6 +82,7 @@ class Called:
 class Pretrained(Called):
     """A pipeline of one checkpoint."""
 
+    kind: str
     from_single_file: Callable[..., Any]
 
     @classmethod
@@ -97,15 +98,15 @@ class Pretrained(Called):
         token: str | bool | None = None,
         **options: Any,
     ) -> Self:
-        """Open a file, a folder in diffusers' layout, or a repository of the hub by its id.
+        """Open a file, a folder in diffusers' layout, "pocket", or a repository of the hub by its id.
 
         `variant` ("fp16") picks files such as `model.fp16.safetensors`. `options` are those of `from_single_file`:
         `torch_dtype` or `dtype`, `device`, and parts that are shared instead of loaded (`vae=base.vae`).
         """
         if not use_safetensors:
             raise InputError("only safetensors files are opened, never a pickle: leave use_safetensors=False out")
-        where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-        path = resolve(name, variant=variant, **where)
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        path = resolve(name, cls.kind, variant=variant, token=token, **where)
         return cls.from_single_file(path, variant=variant, **options)
 
     def enable_model_cpu_offload(self, device: str = "cuda") -> None:

@@ -1,7 +1,7 @@
-"""Open models by the name of a repository on the Hugging Face hub, and fetch the official files.
+"""Open models by name: the pair that is installed with this package, or a repository on the Hugging Face hub.
 
-Through huggingface_hub, whose cache, settings (`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME`, tokens) and resuming of
-downloads apply as everywhere.
+The latter through huggingface_hub, whose cache, settings (`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME`, tokens) and
+resuming of downloads apply as everywhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sdxl_ref.checkpoint import KNOWN_FILES
+from sdxl_ref.checkpoint import KNOWN_FILES, PICKLES
 from sdxl_ref.config import InputError
 from sdxl_ref.folder import INDEX, STEMS, sha256_of
 
@@ -23,20 +23,29 @@ EXAMPLE = REPOSITORIES["refiner"][0]
 ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(name: str | Path, *, variant: str | None = None, **options: Any) -> Path:
-    """A local file or folder as it is; a repository's id -> the folder that holds its snapshot, downloaded if need be.
+POCKET = {f"pocket-{kind}": Path(__file__).parent / "pocket" / f"pocket_{kind}.safetensors" for kind in REPOSITORIES}
 
+
+def resolve(name: str | Path, kind: str = "", *, variant: str | None = None, **options: Any) -> Path:
+    """A local file or folder as it is; "pocket" -> the installed file; a repository's id -> the folder that holds its
+    snapshot, downloaded if need be.
+
+    `kind` ("base" or "refiner") says which file "pocket" is; "pocket-base" and "pocket-refiner" say it themselves.
     `options`: `revision`, `cache_dir`, `local_files_only`, `token`. Only configurations and the safetensors files of
     the variant are fetched. InputError where there is neither, or the download fails.
     """
-    path = Path(name)
+    path, text = Path(name), str(name)
     if path.exists():
         return path
-    if not ID.fullmatch(str(name)):
-        raise InputError(f"expected a file, a folder or a repository such as {EXAMPLE}, found {name}")
+    if text == "pocket" and not kind:
+        raise InputError(f"the pocket pair is two models: expected one of {', '.join(POCKET)}, found pocket")
+    if pocket := POCKET.get(f"pocket-{kind}" if text == "pocket" else text):
+        return pocket
+    if not ID.fullmatch(text) or path.suffix in (".safetensors", *PICKLES):
+        raise InputError(f"no such checkpoint: {name}: expected a file, a folder, pocket or a repository as {EXAMPLE}")
     from huggingface_hub import snapshot_download
 
-    return Path(_told(snapshot_download, str(name), allow_patterns=patterns(variant), **options))
+    return Path(_told(snapshot_download, text, allow_patterns=patterns(variant), **options))
 
 
 def patterns(variant: str | None) -> list[str]:

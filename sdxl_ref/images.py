@@ -97,15 +97,8 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
 
 def parameters(settings: Mapping[str, Any]) -> str:
     """Settings in the form of the AUTOMATIC1111 web UI: prompt, negative prompt, then one line of `Key: value`."""
-    names = {
-        "num_inference_steps": "Steps",
-        "sampler": "Sampler",
-        "spacing": "Schedule type",
-        "guidance_scale": "CFG scale",
-        "seed": "Seed",
-        "size": "Size",
-        "strength": "Denoising strength",
-    }
+    names = {"num_inference_steps": "Steps", "sampler": "Sampler", "spacing": "Schedule type"}
+    names |= {"guidance_scale": "CFG scale", "seed": "Seed", "size": "Size", "strength": "Denoising strength"}
     fields = [f"{label}: {settings[key]}" for key, label in names.items() if settings.get(key) is not None]
     if digest := settings.get("checkpoint", {}).get("sha256"):
         fields.append(f"Model hash: {digest[:10]}")

@@ -134,7 +134,7 @@ OPEN = "from sdxl_ref import ImageToImagePipeline as P\nP.from_pretrained({!r}, 
         (REFINER, "fp16", True, "neither in the cache nor to be had from the hub"),
         (REFINER, None, False, "expected weights as safetensors in"),
         (BASE, "fp16", False, "expected a refiner (one text encoder, aesthetic score), found an SDXL base"),
-        ("no such thing", None, False, "expected a file, a folder or a repository such as stabilityai/"),
+        ("no such thing", None, False, "no such checkpoint: no such thing: expected a file, a folder, pocket"),
     ],
 )
 def test_bad_names(name: str, variant: str | None, offline: bool, message: str, hub: Hub, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from sdxl_ref import layouts, lora
 from sdxl_ref.checkpoint import build, prefixes
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.lora import Applied
+from sdxl_ref.lora_forms import FORMS
 from sdxl_ref.saving import save_checkpoint
-from weights_convert.adapters import FORMS, convert_adapter, extract, merge
+from weights_convert.adapters import convert_adapter, extract, merge
 
 CONFIGS = {"base": peers.SMALL_BASE, "refiner": peers.SMALL_REFINER}
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj"]

@@ -21,10 +21,15 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path: Path, small_refiner_file: Path, small_base_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a photo and two checkpoints, under the README's names."""
+    """A folder with a photo, two checkpoints and some training pictures, under the README's names."""
     shutil.copy(small_refiner_file, tmp_path / "sd_xl_refiner_1.0.safetensors")
     shutil.copy(small_base_file, tmp_path / "sd_xl_base_1.0.safetensors")
-    Image.open(str(files("sdxl_ref") / "data" / "photo.jpg")).resize((72, 64)).save(tmp_path / "photo.png")
+    photo = Image.open(str(files("sdxl_ref") / "data" / "photo.jpg")).resize((72, 64))
+    photo.save(tmp_path / "photo.png")
+    (tmp_path / "pictures").mkdir()
+    photo.save(tmp_path / "pictures" / "cup.png")
+    [line] = blocks("json")
+    (tmp_path / "pictures" / "metadata.jsonl").write_text(line)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -43,8 +48,9 @@ def test_commands(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sdxl-ref")]
     assert len(lines) >= 5
     for line in (line for line in lines if not line.startswith("sdxl-ref fetch")):  # tests/test_ecosystem.py has a hub
-        small = ["--height", "64", "--width", "64"] if "generate" in line else []
-        assert main([*shlex.split(line, comments=True)[1:], *small]) == 0
+        small = {"generate": ["--height", "64", "--width", "64"], "train": ["--steps", "2"]}
+        words = shlex.split(line, comments=True)[1:]
+        assert main([*words, *small.get(words[0], [])]) == 0
     assert (place / "photo-refined.png").exists()
     assert (place / "generated.png").exists()
     [promised] = re.findall(r"^plan: base .*", README, re.MULTILINE)

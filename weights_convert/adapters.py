@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdxl_ref import layouts, lora
+from sdxl_ref import lora, lora_forms
 from sdxl_ref.checkpoint import open_checkpoint, prefixes
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.folder import part_rules
 from sdxl_ref.layouts import Place
 from sdxl_ref.lora import Adapter, Factors
 from weights_convert.convert import Report, dtypes_of, entry, model_spec, save
 from weights_convert.stream import Entry
-
-FORMS = ("official", "kohya", "peft")
 
 
 def merge(source: Path, adapters: list[tuple[Path, float]], target: Path, force: bool = False) -> Report:
@@ -60,7 +57,7 @@ def extract(first: Path, second: Path, target: Path, rank: int, form: str = "koh
     rest = 0.0
     whole = 0.0
     with a.reader() as read_a, b.reader() as read_b:
-        for place, key in tqdm(matrices(a.config).items(), unit="layer", disable=None):
+        for place, key in tqdm(lora_forms.matrices(a.config).items(), unit="layer", disable=None):
             change = place.block(read_b(key).float()) - place.block(read_a(key).float())
             if not torch.isfinite(change).all():
                 raise InputError(f"{key} holds values that are not finite (NaN or infinite)")
@@ -73,19 +70,6 @@ def extract(first: Path, second: Path, target: Path, rank: int, form: str = "koh
     write_adapter(target, Adapter(layers), a.config, form, force)
     left = math.sqrt(rest / whole)
     return Report([f"{target}: {len(layers)} layers of rank at most {rank}; {left:.2e} of the change is left over"])
-
-
-def matrices(config: ModelConfig) -> dict[Place, str]:
-    """Every place that an adapter can act on once (q, k and v one by one), and its official key in a checkpoint."""
-    found: dict[Place, str] = {}
-    for part, prefix in prefixes(config).items():
-        if part != "vae":
-            state, rules = part_rules(part, config)
-            for place in layouts.places(part, rules).values():
-                stacked = any(place.key == rule.official and len(rule.other) > place.count for rule in rules)
-                if state[place.key].ndim >= 2 and not stacked:
-                    found[place] = prefix + place.key
-    return found
 
 
 def svd(change: Tensor, rank: int) -> Factors:
@@ -113,73 +97,7 @@ def convert_adapter(source: Path, model: Path | ModelConfig, target: Path, form:
 
 
 def write_adapter(target: Path, adapter: Adapter, config: ModelConfig, form: str, force: bool = False) -> None:
-    if form not in FORMS:
-        raise InputError(f"unknown form {form!r}: expected one of {', '.join(FORMS)}")
-    tensors: dict[str, Tensor] = {}
-    for name, factors in named(adapter, config, form).items():
-        down, up = factors.kernel().to(factors.down.dtype), factors.up  # only kohya's form has a third factor
-        if form == "kohya":
-            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-            tensors[f"{name}.alpha"] = torch.tensor(factors.alpha)
-        else:  # these forms have no alpha: it goes into one factor
-            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": scaled(up, factors)}
-    entries = [Entry(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in sorted(tensors.items())]  # type: ignore[misc]
-    architecture = {"modelspec.architecture": f"stable-diffusion-xl-v1-{config.kind}/lora", "format": "pt"}
-    save(target, entries, architecture, force)
-
-
-def scaled(up: Tensor, factors: Factors) -> Tensor:
-    return up if factors.alpha == factors.rank else (up.float() * (factors.alpha / factors.rank)).to(up.dtype)
-
-
-def named(adapter: Adapter, config: ModelConfig, form: str) -> dict[str, Factors]:
-    """Layers under the names of a form. Blocks of a stacked matrix become one layer in official names, and the
-    reverse: a layer on a stacked matrix becomes one for each of its blocks in the others."""
-    names = {part: names_of(part, config, form) for part in prefixes(config) if part != "vae"}
-    found: dict[str, Factors] = {}
-    for place, factors in adapter.layers.items():
-        own = names[place.part]
-        if place in own:
-            found[own[place]] = factors
-            continue
-        blocks = {each: name for each, name in own.items() if each.key == place.key}
-        if form == "official":
-            [name] = blocks.values()
-            padded = stacked(place, factors)
-            found[name] = joined(found[name], padded) if name in found else padded
-        else:
-            for each, name in blocks.items():
-                up = factors.up.chunk(each.count)[each.index].contiguous()
-                found[name] = Factors(factors.down, up, factors.alpha, factors.mid)
-    return found
-
-
-def names_of(part: str, config: ModelConfig, form: str) -> dict[Place, str]:
-    _, rules = part_rules(part, config)
-    prefix = prefixes(config)[part]
-    by_official = {layouts.module_of(rule.official) for rule in rules}
-    same = part == "text_encoder"  # whose official names are transformers'
-    found: dict[Place, str] = {}
-    for name, place in layouts.places(part, rules).items():
-        official = name in by_official
-        if form == "official" and official:
-            found[place] = prefix + name
-        elif form == "kohya" and (official == (part == "unet") or same):  # kohya's trainer names the UNet officially
-            found[place] = layouts.KOHYA[part][0] + name.replace(".", "_")
-        elif form == "peft" and (not official or same):
-            found[place] = f"{part}.{name}"
-    return found
-
-
-def stacked(place: Place, factors: Factors) -> Factors:
-    """Factors of one block as factors of the whole matrix: zeros in the rows of the others; alpha in `up`."""
-    up = scaled(factors.up, factors)
-    whole = up.new_zeros(place.count * up.shape[0], *up.shape[1:])
-    whole.chunk(place.count)[place.index].copy_(up)
-    return Factors(factors.down, whole, float(factors.rank))
-
-
-def joined(first: Factors, second: Factors) -> Factors:
-    """The sum of two changes as one: ranks add up."""
-    rank = first.rank + second.rank
-    return Factors(torch.cat([first.down, second.down]), torch.cat([first.up, second.up], dim=1), float(rank))
+    """Write an adapter in a form."""
+    found = lora_forms.tensors(adapter, config, form)
+    entries = [Entry(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in sorted(found.items())]  # type: ignore[misc]
+    save(target, entries, lora_forms.metadata(config), force)

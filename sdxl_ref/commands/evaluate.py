@@ -29,8 +29,8 @@ UNDER_200 = tuple(range(0, 200, 10))  # steps that stand for 0..199
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--base", type=Path, required=True, metavar="FILE", help="a base that paints scenes of 128 pixels")
-    p.add_argument("--refiner", type=Path, required=True, metavar="FILE", help="the refiner that goes with it")
+    p.add_argument("--base", default="pocket", metavar="MODEL", help="a base that paints scenes of 128 pixels")
+    p.add_argument("--refiner", default="pocket", metavar="MODEL", help="the refiner that goes with it")
     p.add_argument("--prompts", type=int, default=512, help="a quarter each: one and two things, seen and held out")
     p.add_argument("--steps", type=int, default=25, help="network evaluations, for each way of painting")
     p.add_argument("--guidance-scale", type=float, default=3.0)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdxl_ref.checkpoint import open_checkpoint
 from sdxl_ref.commands.common import identity, pick_device, sampling, writable
 from sdxl_ref.config import InputError
 from sdxl_ref.images import from_tensor, save_png
@@ -32,16 +31,17 @@ EXAMPLES = """examples:
   ensemble:     sdxl-ref generate --base BASE --refiner REFINER --prompt "a red barn" --karras
   two stages:   sdxl-ref generate --base BASE --refiner REFINER --prompt "a red barn" --two-stage --strength 0.3
 
-BASE and REFINER are safetensors files in the official layout, or folders in diffusers' layout. The ensemble is one run:
-the base denoises first, the refiner from the hand-off on. --switch counts training steps (noise levels), not sampling
+BASE and REFINER are safetensors files in the official layout, folders in diffusers' layout, repositories of the hub by
+their id, or "pocket": the small pair, of 128 pixels, that is installed with this package. The ensemble is one run: the
+base denoises first, the refiner from the hand-off on. --switch counts training steps (noise levels), not sampling
 steps: with --karras 0.8 can mean 12 of 20 steps; the plan that is printed says. Without --out: generated.png.
 """
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
     p.epilog = EXAMPLES
-    p.add_argument("--base", required=True, type=Path, metavar="FILE", help="safetensors, official layout; or a folder")
-    p.add_argument("--refiner", type=Path, metavar="FILE", help="finish with it: as an ensemble, or see --two-stage")
+    p.add_argument("--base", required=True, metavar="MODEL", help="file, folder, repository of the hub, or pocket")
+    p.add_argument("--refiner", metavar="MODEL", help="finish with it: as an ensemble, or see --two-stage")
     p.add_argument("--switch", type=float, help="ensemble: hand-off after this share of the training steps (0.8)")
     p.add_argument("--switch-sigma", type=float, help="ensemble: hand-off below this noise level, instead")
     p.add_argument("--switch-step", type=int, help="ensemble: hand-off after this number of steps, instead")
@@ -119,7 +119,7 @@ def pipelines(a: argparse.Namespace) -> tuple[TextToImagePipeline, ImageToImageP
     if a.low_memory:
         options["slot"] = Slot()
     if a.refiner is not None:  # a wrong file is found out before the base is read
-        ImageToImagePipeline.check(open_checkpoint(a.refiner).config, a.refiner)
+        ImageToImagePipeline.open(a.refiner)
     base, refiner = TextToImagePipeline.from_single_file(a.base, **options), None
     if a.refiner is not None:
         refiner = ImageToImagePipeline.from_single_file(a.refiner, **options, vae=base.vae)

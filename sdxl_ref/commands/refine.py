@@ -10,15 +10,15 @@ from sdxl_ref.commands.common import identity, pick_device, sampling, writable
 from sdxl_ref.images import fit, from_tensor, load_image, save_png
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
 
+SHARED = ["prompt", "negative_prompt", "strength", "strength_rule", "guidance_scale", "guidance_rescale", "sampler"]
+SHARED += ["spacing", "karras", "aesthetic_score", "negative_aesthetic_score"]
 MAX_PIXELS = 1024 * 1024  # the area SDXL was trained at; larger pictures are shrunk to it
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
     size = "shrunk to at most 1024x1024 pixels of area, then cropped around the centre to multiples of 8"
     p.add_argument("image", help=f"a picture of any kind and size: {size}")
-    p.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="FILE", help="safetensors, official layout; or a folder"
-    )
+    p.add_argument("--checkpoint", required=True, metavar="MODEL", help="file, folder, hub's repository, or pocket")
     p.add_argument("--strength", type=float, default=0.3, help="share of the steps that run, above 0 and at most 1")
     p.add_argument("--strength-rule", default="exact", help='"exact", or "sgm" as the official code counts')
     p.add_argument("--aesthetic-score", type=float, default=6.0, help="of the picture wanted, about 1 to 10")
@@ -32,9 +32,7 @@ def run(a: argparse.Namespace) -> None:
     device = pick_device(a.device)
     loaded = load_image(a.image)
     picture = fit(loaded, MAX_PIXELS)
-    named = "prompt negative_prompt strength strength_rule guidance_scale guidance_rescale aesthetic_score"
-    shared = f"{named} negative_aesthetic_score sampler spacing karras".split()
-    settings = {name: getattr(a, name) for name in shared} | {"num_inference_steps": a.steps}
+    settings = {name: getattr(a, name) for name in SHARED} | {"num_inference_steps": a.steps}
     request = ImageToImageRequest(image=picture, generator=[torch.Generator().manual_seed(a.seed)], **settings)
     plan = ImageToImagePipeline.plan(request)  # before the weights are read
 

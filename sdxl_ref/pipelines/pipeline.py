@@ -102,6 +102,17 @@ class Pipeline:
             raise InputError(f"expected a {KINDS[cls.kind]}, found an SDXL {config.kind}" + f": {path}" * bool(path))
 
     @classmethod
+    def open(cls, path: str | Path, variant: str | None = None) -> Checkpoint:
+        """Open a file, a folder, "pocket", or a repository of the hub. InputError unless this pipeline can run it."""
+        if not Path(path).exists():
+            from sdxl_ref.hub import resolve
+
+            path = resolve(path, cls.kind, variant=variant)
+        checkpoint = open_checkpoint(path, variant)
+        cls.check(checkpoint.config, path)
+        return checkpoint
+
+    @classmethod
     def from_single_file(
         cls: type[Self],
         path: str | Path,
@@ -113,14 +124,12 @@ class Pipeline:
         variant: str | None = None,
         **parts: Module,
     ) -> Self:
-        """Open a safetensors file in the official layout, or a folder in diffusers'; float32 by default.
+        """Open a model (see `open`) as float32 by default; the VAE always, which overflows in float16.
 
-        The VAE is float32 whatever the dtype: it overflows in float16. `parts` (`vae=`, `text_encoder_2=`, …) are
-        shared instead of loaded; with a `slot` (of `on_demand`) each part is read when it works and dropped for the
-        next. Raises InputError as `open_checkpoint` does, and for a model this pipeline cannot run.
+        `parts` (`vae=`, `text_encoder_2=`, …) are shared instead of loaded; with a `slot` (of `on_demand`) each part
+        is read when it works and dropped for the next.
         """
-        checkpoint = open_checkpoint(path, variant)
-        cls.check(checkpoint.config, path)
+        checkpoint = cls.open(path, variant)
         dtype = dtype or torch_dtype or torch.float32
         for part in prefixes(checkpoint.config):
             if part not in parts:

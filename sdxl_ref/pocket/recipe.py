@@ -3,7 +3,8 @@
     python -m sdxl_ref.pocket.recipe --out DIR [--device cuda] [--stage vae …]
 
 Stages: `towers` (both text towers, on captions and what their pictures show; frozen afterwards, as SDXL's are), `vae`
-(autoencoder on crops of scenes), `latents` (scenes through it, once), `base` (its UNet), `refiner` (its UNet on t in
+(autoencoder on crops of scenes), `latents` (scenes through it, once), `decoder` (goes on alone: the latents stay what
+they are), `base` (its UNet), `refiner` (its UNet on t in
 0..199, with the base's OpenCLIP tower), `write` (two files in the official layout, float16). The time of each is kept
 in DIR/times.json; README.md beside this file has the figures.
 """
@@ -16,113 +17,45 @@ import time
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdxl_ref.checkpoint import build, prefixes
-from sdxl_ref.conditioning import Numbers
 from sdxl_ref.config import InputError
 from sdxl_ref.ecosystem import TextToImagePipeline
 from sdxl_ref.networks.vae import AutoencoderKL
 from sdxl_ref.noise import draw_noise
+from sdxl_ref.pocket.examples import SEED, Pixels, Reader, Told, example, to_images
 from sdxl_ref.pocket.judge import judge
 from sdxl_ref.pocket.models import BASE, CLIP, CONFIGS, OPENCLIP, start
-from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, SHAPES, SIZE, TEXTURES, Scene, draw, random_scene
+from sdxl_ref.pocket.scenes import SIZE, Scene, random_scene
 from sdxl_ref.saving import save_checkpoint, write
 from sdxl_ref.sheets import contact_sheet
 from sdxl_ref.tokenizer import tokenize
 from sdxl_ref.training.diffusion import Batch, Objective
 from sdxl_ref.training.loop import Run, Settings
 
-STAGES = ("towers", "vae", "latents", "base", "refiner", "write")
+STAGES = ("towers", "vae", "latents", "decoder", "base", "refiner", "write")
 TOWERS = ("text_encoder", "text_encoder_2")
-Pixels = NDArray[np.uint8]
-SEED = 1
 SCENES = 40_000
-SOFT = 0.1  # share of pictures of half the resolution, which the numbers tell of
 KL_WEIGHT = 1e-6
 CROP, CROPS = 64, 8  # pixels a side, and how many a step, of the autoencoder's training
 CAPTIONS = 128  # a step of the towers' training
 SETTINGS = {
     "towers": Settings(steps=3_000, learning_rate=2e-3, ema=0.99),
     "vae": Settings(steps=6_000, learning_rate=1e-3, weight_decay=0.0),
-    "base": Settings(steps=10_000, learning_rate=1e-3),
+    "decoder": Settings(steps=8_000, learning_rate=6e-4, weight_decay=0.0),
+    "base": Settings(steps=7_000, learning_rate=1e-3),
     "refiner": Settings(steps=4_000, learning_rate=1e-3),
 }
 SAMPLE_EVERY = 2000
 BATCH = {"base": 32, "refiner": 32}
 OBJECTIVES = {"base": Objective(weighting="debiased"), "refiner": Objective(last=199)}
-
-
-class Told(NamedTuple):
-    """What the networks are told of a picture."""
-
-    caption: str
-    original: int  # its side before it was enlarged
-    score: float
-
-    def numbers(self, kind: str) -> Tensor:
-        sizes = Numbers((self.original, self.original), (0, 0), (SIZE, SIZE), self.score)
-        return sizes.tensor(kind)
-
-
-def example(i: int, seed: int = SEED) -> tuple[Pixels, str, int, float]:
-    """Picture i of the training set (128,128,3), and what is told of it.
-
-    Two scenes in three have two things; some pictures are soft: enlarged from half the size, at a lower score.
-    """
-    rng = np.random.default_rng([seed, i])
-    scene = random_scene(rng, 1 + int(rng.random() < 2 / 3))
-    picture = draw(scene, rng)
-    soft = rng.random() < SOFT
-    if soft:
-        picture = picture.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(axis=(1, 3))
-        small = torch.from_numpy(picture).permute(2, 0, 1)[None]
-        large = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
-        picture = large[0].permute(1, 2, 0).numpy()
-    pixels = (picture * 255).round().astype(np.uint8)
-    return pixels, scene.caption, SIZE // 2 if soft else SIZE, 2.5 if soft else 6.0
-
-
-def to_images(pixels: Pixels, device: torch.device) -> Tensor:
-    """(b,H,W,3) uint8 -> (b,3,H,W) float32 in [-1,1]."""
-    return torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-FACTS = {  # what a caption tells of a picture: how many answers each
-    "arrangement": 3,
-    **{f"{place} {what}": n + 1 for place in ("first", "last") for what, n in (("colour", 6), ("shape", 4))},
-    "ground": 3,
-    "texture": 3,
-}
-
-
-class Reader(nn.Module):
-    """Reads off a tower's outputs what a picture shows; only there to train the towers by, like CLIP's image tower."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.heads = nn.LayerNorm(width), nn.Linear(width, sum(FACTS.values()))
-
-    def forward(self, state: Tensor) -> tuple[Tensor, ...]:
-        """(b,width) -> the logits of each fact, (b,answers)."""
-        return self.heads(self.norm(state)).split(list(FACTS.values()), dim=1)
-
-    @staticmethod
-    def facts(scene: Scene) -> list[int]:
-        """The right answers. A single thing is the first and leaves the last answer ("none") for the other."""
-        colours, things = tuple(COLOURS), scene.by_place
-        arrangement = 0 if len(things) == 1 else 1 + (scene.relation in ("above", "below"))
-        found = [(colours.index(thing.colour), SHAPES.index(thing.shape)) for thing in things]
-        found += [(len(colours), len(SHAPES))] * (2 - len(things))
-        return [arrangement, *found[0], *found[1], tuple(GROUNDS).index(scene.ground), TEXTURES.index(scene.texture)]
 
 
 class Recipe:
@@ -206,6 +139,18 @@ class Recipe:
     def vae(self, stop: int | None = None) -> None:
         torch.manual_seed(SEED)
         vae = AutoencoderKL(BASE.vae).to(self.device)
+        self.autoencode("vae", vae, vae, stop)
+        normalise(vae, to_images(self.pictures()[0][:1000], self.device))
+        write(self.out / "vae.safetensors", {k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, {})
+
+    def decoder(self, stop: int | None = None) -> None:
+        vae = self.trained_vae(decoder=False)
+        half = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+        self.autoencode("decoder", half, vae, stop)
+        write(self.out / "decoder.safetensors", {k: v.cpu().contiguous() for k, v in half.state_dict().items()}, {})
+
+    def autoencode(self, stage: str, module: nn.Module, vae: AutoencoderKL, stop: int | None) -> None:
+        """Train what of an autoencoder is in `module`; it ends with its averaged weights."""
         pixels, _ = self.pictures()
 
         def loss_of(step: int, generator: torch.Generator) -> Tensor:
@@ -217,18 +162,18 @@ class Recipe:
             noise = draw_noise(posterior.mean.shape, generator).to(self.device)
             decoded = vae.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise)
             kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
-            return F.mse_loss(decoded, images) + KL_WEIGHT * kl
+            return F.mse_loss(decoded, images) + KL_WEIGHT * kl  # of a frozen encoder the latter is a constant
 
-        run = Run(vae, SETTINGS["vae"], self.out / "vae", {"model": "pocket vae", "scenes": self.scenes})
+        run = Run(module, SETTINGS[stage], self.out / stage, {"model": f"pocket {stage}", "scenes": self.scenes})
         for _ in run.train(loss_of, stop=stop):
             pass
-        vae.load_state_dict(vae.state_dict() | run.averaged)
-        normalise(vae, to_images(pixels[:1000], self.device))
-        write(self.out / "vae.safetensors", {k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, {})
+        module.load_state_dict(module.state_dict() | run.averaged)
 
-    def trained_vae(self) -> AutoencoderKL:
+    def trained_vae(self, decoder: bool = True) -> AutoencoderKL:
         vae = AutoencoderKL(BASE.vae)
         vae.load_state_dict(load_file(needed(self.out / "vae.safetensors", "vae")))
+        if decoder and (self.out / "decoder.safetensors").exists():
+            vae.load_state_dict(vae.state_dict() | load_file(self.out / "decoder.safetensors"))
         return vae.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -7,9 +7,10 @@ Shapes: b batch, h w latent height and width, k numbers (5 on a refiner, 6 on a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,14 @@ class Batch:
     numbers: Tensor
 
 
+class Drawn(NamedTuple):
+    """What chance decides of b pictures."""
+
+    t: Tensor  # (b,) training steps
+    noise: Tensor  # (b,4,h,w)
+    dropped: Tensor  # (b,) bool: the caption is
+
+
 @dataclass(frozen=True)
 class Objective:
     """The noise prediction loss over steps `first` to `last` (both included): a refiner's are 0 to 199.
@@ -61,19 +70,29 @@ class Objective:
             raise InputError(f"weighting is one of {', '.join(WEIGHTINGS)}, found {self.weighting!r}")
 
     def loss(self, parts: nn.ModuleDict, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Weighted mean squared error of the predicted noise. Draws t, the noise and what is dropped, in this order."""
-        t = torch.randint(self.first, self.last + 1, (len(batch.captions),), generator=generator)
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        dropped = torch.rand(len(batch.captions), generator=generator) < self.drop
-        context, y = conditioning(parts, batch, dropped)
-        noise = noise.to(batch.latents.device)
-        errors = epsilon_errors(parts["unet"], batch.latents, t, noise, context, y)
-        return (WEIGHTINGS[self.weighting](NoiseSchedule().sigmas[t]).to(errors) * errors).mean()
+        """The loss of a batch (0-d), its captions encoded on the way."""
+        drawn = self.draw(batch.latents.shape, generator)
+        context, y = conditioning(parts, batch, drawn.dropped)
+        return self.weighted(parts["unet"], batch.latents, drawn, context, y)
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Drawn:
+        """For latents of a shape (b,4,h,w): t, the noise and what is dropped, in this order, on the CPU."""
+        t = torch.randint(self.first, self.last + 1, (shape[0],), generator=generator)
+        noise = torch.randn(tuple(shape), generator=generator)
+        return Drawn(t, noise, torch.rand(shape[0], generator=generator) < self.drop)
+
+    def weighted(self, unet: nn.Module, latents: Tensor, drawn: Drawn, context: Tensor, y: Tensor) -> Tensor:
+        """Weighted mean squared error of the predicted noise (0-d)."""
+        errors = epsilon_errors(unet, latents, drawn.t, drawn.noise.to(latents.device), context, y)
+        return (WEIGHTINGS[self.weighting](NoiseSchedule().sigmas[drawn.t]).to(errors) * errors).mean()
 
 
 def epsilon_errors(unet: nn.Module, latents: Tensor, t: Tensor, noise: Tensor, context: Tensor, y: Tensor) -> Tensor:
-    """At training steps t (b,): noise the latents, predict the noise; each one's mean squared error, float32 (b,)."""
-    eps = unet(noised(latents, t, noise), t.to(latents.device), context, y)
+    """At training steps t (b,): noise the latents, predict the noise; each one's mean squared error, float32 (b,).
+
+    `context` is in the UNet's dtype; latents and noise may be more exact.
+    """
+    eps = unet(noised(latents, t, noise).to(context.dtype), t.to(latents.device), context, y)
     return F.mse_loss(eps.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
 
 

@@ -2,7 +2,7 @@
 
 Nothing in it knows what is trained: it is handed a module and a function `loss_of(step, generator)`. Whatever is
 drawn at a step comes from that step's own generator, so that a run that was stopped and goes on is, on the CPU, equal
-bit for bit to one that was not.
+bit for bit to one that was not. Under torch.distributed every process makes the same steps; the first one writes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sdxl_ref.config import InputError
@@ -41,6 +45,11 @@ class Settings:
     ema: float = 0.999  # decay of the averaged weights; 0: none are kept
     autocast: str = ""  # "bfloat16": matrix products in it; "": everything in the weights' dtype
     seed: int = 0
+    accumulate: int = 1  # batches whose gradients are averaged for one step
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.accumulate < 1:
+            raise InputError(f"steps and accumulate must be at least 1, found {self.steps} and {self.accumulate}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a cosine to 0 (Loshchilov & Hutter, arXiv:1608.03983)."""
@@ -54,11 +63,20 @@ class Run:
     """A module in training, in a folder of its own: `state.safetensors` to go on from, `log.csv` to look at.
 
     `about` names what is trained on what; with the settings it has to be that of the run that the folder holds, else
-    InputError. The averaged weights are in `averaged`, by parameter name.
+    InputError. The averaged weights are in `averaged`, by parameter name. With several processes `replicas` is what
+    averages their gradients: `loss_of` calls it.
     """
 
-    def __init__(self, module: nn.Module, settings: Settings, folder: Path, about: dict[str, object]) -> None:
-        self.module, self.settings, self.folder = module, settings, folder
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: Settings,
+        folder: Path,
+        about: dict[str, object],
+        replicas: DistributedDataParallel | None = None,
+    ) -> None:
+        self.module, self.settings, self.folder, self.replicas = module, settings, folder, replicas
+        self.leads = not distributed.is_initialized() or distributed.get_rank() == 0
         self.identity = json.loads(json.dumps({"settings": asdict(settings), **about}))
         self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.weights:
@@ -70,47 +88,62 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             self._go_on()
-        self._cut_log()
+        self.whole = True  # False while a step changes the weights
+        if self.leads:
+            self._cut_log()
 
     def train(self, loss_of: Loss, save_every: int = 1000, stop: int | None = None) -> Iterator[int]:
         """Go on to the end, or to step `stop`; yields the number of steps done after each, for samples or for a look.
 
-        Saves every `save_every` steps, at the end, and when it is stopped from outside.
+        Saves every `save_every` steps, at the end, and when it is stopped: SIGINT and SIGTERM let the step end, then
+        KeyboardInterrupt is raised.
         """
         last = self.settings.steps if stop is None else min(stop, self.settings.steps)
-        began, device = time.perf_counter(), next(iter(self.weights.values())).device
-        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=None)
-        with bar, (self.folder / LOG).open("a", newline="") as log:
+        began = time.perf_counter()
+        hidden = None if self.leads else True
+        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=hidden)
+        with bar, (self.folder / LOG).open("a", newline="") as log, told_to_stop() as told:
             rows = csv.writer(log)
             try:
                 while self.step < last:
-                    loss, norm, rate = self._advance(loss_of, device)
+                    loss, norm, rate = self._advance(loss_of, told)
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     bar.update()
                     seconds = time.perf_counter() - began
-                    rows.writerow((self.step, f"{loss:.6g}", f"{norm:.4g}", f"{rate:.4g}", f"{seconds:.2f}"))
-                    log.flush()
+                    if self.leads:
+                        rows.writerow((self.step, f"{loss:.6g}", f"{norm:.4g}", f"{rate:.4g}", f"{seconds:.2f}"))
+                        log.flush()
+                    if told:
+                        raise KeyboardInterrupt
                     if self.step % save_every == 0 and self.step < last:
                         self.save()
                     yield self.step
             finally:
-                self.save()
+                if self.whole:
+                    self.save()
 
-    def _advance(self, loss_of: Loss, device: torch.device) -> tuple[float, float, float]:
+    def _advance(self, loss_of: Loss, told: list[int]) -> tuple[float, float, float]:
         s = self.settings
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
-        with torch.autocast(device.type, getattr(torch, s.autocast or "bfloat16"), enabled=bool(s.autocast)):
-            loss = loss_of(self.step, generator)
-        value = float(loss.detach())
+        device = next(iter(self.weights.values())).device
+        total = torch.zeros((), device=device)
+        for i in range(s.accumulate):
+            apart = self.replicas is not None and i < s.accumulate - 1  # gradients are averaged with the last batch
+            with self.replicas.no_sync() if apart and self.replicas else nullcontext():
+                with torch.autocast(device.type, getattr(torch, s.autocast or "bfloat16"), enabled=bool(s.autocast)):
+                    loss = loss_of(self.step, generator) / s.accumulate
+                loss.backward()
+            total += loss.detach()
+        value = self._agree(total, told)
         if not math.isfinite(value):
             raise InputError(
                 f"the loss is {value} at step {self.step}: use a lower learning rate (it is {s.learning_rate})"
             )
-        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.weights.values(), s.clip)
         rate = s.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -118,10 +151,23 @@ class Run:
         with torch.no_grad():
             for name, average in self.averaged.items():
                 average.lerp_(self.weights[name], 1 - decay)
+        self.whole = True
         return value, float(norm), rate
+
+    def _agree(self, loss: Tensor, told: list[int]) -> float:
+        """The mean loss of all processes; and if one is told to stop, all are."""
+        if distributed.is_initialized():
+            both = torch.stack([loss / distributed.get_world_size(), torch.full_like(loss, len(told))])
+            distributed.all_reduce(both)
+            if both[1] and not told:
+                told.append(signal.SIGTERM)
+            return float(both[0])
+        return float(loss)
 
     def save(self) -> None:
         """Weights, averaged weights and the optimizer's moments; written beside and renamed."""
+        if not self.leads:
+            return
         state = {f"weights.{name}": p.detach() for name, p in self.weights.items()}
         state |= {f"averaged.{name}": tensor for name, tensor in self.averaged.items()}
         for name, p in self.weights.items():
@@ -169,3 +215,18 @@ class Run:
         kept = [row for row in rows[1:] if int(row[0]) <= self.step]
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *kept])
+
+
+@contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """A list that holds each SIGINT and SIGTERM that came meanwhile; only the main thread can be told."""
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = {kind: signal.signal(kind, lambda kind, _: told.append(kind)) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield told
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from sdxl_ref.checkpoint import build, open_checkpoint
 from sdxl_ref.config import InputError
 from sdxl_ref.pocket import recipe
+from sdxl_ref.pocket.examples import FACTS, Reader, example
 from sdxl_ref.pocket.models import BASE, CONFIGS, start
-from sdxl_ref.pocket.recipe import FACTS, STAGES, Reader, Recipe, example, normalise
+from sdxl_ref.pocket.recipe import STAGES, Recipe, normalise
 from sdxl_ref.pocket.scenes import COLOURS, SHAPES, Scene, Thing
 from sdxl_ref.training.loop import Settings
 

@@ -1,0 +1,141 @@
+"""LoRA in training: two small factors beside each frozen layer (Hu et al. 2021, arXiv:2106.09685).
+
+Layers are hooked where they stand, so that the networks stay what they are; what was learned is an `Adapter`, which
+`sdxl_ref.lora` applies and `sdxl_ref.lora_forms` writes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sdxl_ref import layouts
+from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.folder import part_rules
+from sdxl_ref.layouts import Place
+from sdxl_ref.lora import Adapter, Factors
+from sdxl_ref.lora_forms import matrices, names_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layers get factors, and of what rank. The change of a weight is `alpha / rank * up @ down`.
+
+    `layers` is a regular expression that is looked for in a layer's official name and in its diffusers' name
+    (`unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q`); "attn" is every projection of every attention.
+    """
+
+    rank: int = 16
+    alpha: float | None = None  # None: the rank
+    layers: str = "attn"
+    convolutions: bool = False  # all of the UNet's besides
+    text_encoders: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"the rank of a LoRA must be at least 1, found {self.rank}")
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise InputError(f"expected a regular expression for the layers, found {self.layers!r}: {error}") from error
+
+
+class LowRank(nn.Module):
+    """The factors of one place: `down` (r,in) or (r,in,kh,kw), drawn; `up` (out,r) or (out,r,1,1), zeros at first."""
+
+    def __init__(self, place: Place, shape: torch.Size, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.place, self.alpha, self.scale = place, alpha, alpha / rank
+        self.down = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, *shape[1:]), a=math.sqrt(5)))  # as PEFT's
+        self.up = nn.Parameter(torch.zeros(shape[0], rank, *[1] * (len(shape) - 2)))
+
+    def after(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """A forward hook of a linear layer or a convolution: its output, and the change's."""
+        x = inputs[0].to(self.down.dtype)
+        if isinstance(layer, nn.Conv2d):
+            low = F.conv2d(x, self.down, stride=layer.stride, padding=layer.padding)
+            change = F.conv2d(low, self.up)
+        else:
+            change = F.linear(F.linear(x, self.down), self.up)
+        return output + self.scale * change.to(output.dtype)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """A parametrisation of a weight that no layer owns (q, k and v stacked; the text projection)."""
+        change = self.scale * (self.up @ self.down).to(weight.dtype)
+        rows = list(weight.chunk(self.place.count))
+        rows[self.place.index] = rows[self.place.index] + (change.T if self.place.transposed else change)
+        return torch.cat(rows)
+
+
+def attach(parts: Mapping[str, nn.Module], config: ModelConfig, choice: Choice) -> nn.ModuleDict:
+    """Freeze networks and put factors on the chosen layers; returns these by kohya's names. Draws from torch's seed.
+
+    `parts` by name: `unet`, and the text encoders where they learn too. InputError where no layer is chosen.
+    """
+    for network in parts.values():
+        network.requires_grad_(False)
+    factors: dict[str, LowRank] = {}
+    for part, network in parts.items():
+        if part == "unet" or choice.text_encoders:
+            names = names_of(part, config, "kohya")
+            for place in chosen(part, network, config, choice):
+                factors[names[place]] = _put(network, place, choice)
+    if not factors:
+        example = "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+        raise InputError(f"no layer has a name with {choice.layers!r} in it: names are such as {example}")
+    return nn.ModuleDict(factors)
+
+
+def chosen(part: str, network: nn.Module, config: ModelConfig, choice: Choice) -> list[Place]:
+    """The places of a part that are to learn."""
+    names: dict[Place, list[str]] = {}
+    for name, place in layouts.places(part, part_rules(part, config)[1]).items():
+        names.setdefault(place, []).append(f"{part}.{name}")
+    never = f"text_model.encoder.layers.{config.text_encoders[0].layers - 1}." if part == "text_encoder" else None
+    found = []
+    for place in (place for place in matrices(config) if place.part == part):
+        owner, _, name = place.key.rpartition(".")
+        layer = network.get_submodule(owner)
+        if isinstance(layer, nn.Embedding) or (never and place.key.startswith(never)):  # SDXL does not run it
+            continue
+        kernel = isinstance(layer, nn.Conv2d) and choice.convolutions and part == "unet"
+        if kernel or any(re.search(choice.layers, each) for each in names[place]):
+            found.append(place)
+    return found
+
+
+def _put(network: nn.Module, place: Place, choice: Choice) -> LowRank:
+    owner, _, name = place.key.rpartition(".")
+    layer: Any = network.get_submodule(owner)
+    alpha = float(choice.rank if choice.alpha is None else choice.alpha)
+    if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        weight = layer.weight
+        low = LowRank(place, weight.shape, choice.rank, alpha)
+        layer.register_forward_hook(low.after)
+    else:
+        weight = (
+            layer.parametrizations[name].original
+            if parametrize.is_parametrized(layer, name)
+            else layer.get_parameter(name)
+        )
+        low = LowRank(place, place.block(weight).shape, choice.rank, alpha)
+        parametrize.register_parametrization(layer, name, low)
+    return low.to(weight.device, torch.promote_types(weight.dtype, torch.float32))  # small: exact beside any weight
+
+
+def learned(factors: nn.ModuleDict, averaged: Mapping[str, Tensor]) -> Adapter:
+    """What was learned; `averaged` are weights by name that stand in for the last ones."""
+    values = {name: averaged.get(name, p).detach().float().cpu() for name, p in factors.named_parameters()}
+    layers = {}
+    for name, low in factors.items():
+        assert isinstance(low, LowRank)
+        layers[low.place] = Factors(values[f"{name}.down"], values[f"{name}.up"], low.alpha)
+    return Adapter(layers)
