@@ -49,9 +49,9 @@ CAPTIONS = 128  # a step of the towers' training
 SETTINGS = {
     "towers": Settings(steps=3_000, learning_rate=2e-3, ema=0.99),
     "vae": Settings(steps=6_000, learning_rate=1e-3, weight_decay=0.0),
-    "decoder": Settings(steps=8_000, learning_rate=6e-4, weight_decay=0.0),
+    "decoder": Settings(steps=2_500, learning_rate=6e-4, weight_decay=0.0),
     "base": Settings(steps=7_000, learning_rate=1e-3),
-    "refiner": Settings(steps=4_000, learning_rate=1e-3),
+    "refiner": Settings(steps=3_500, learning_rate=1e-3),
 }
 SAMPLE_EVERY = 2000
 BATCH = {"base": 32, "refiner": 32}
@@ -161,8 +161,11 @@ class Recipe:
             posterior = vae.encode(images)
             noise = draw_noise(posterior.mean.shape, generator).to(self.device)
             decoded = vae.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise)
+            loss = F.mse_loss(decoded, images)
+            if module is not vae:  # the encoder is frozen
+                return loss
             kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
-            return F.mse_loss(decoded, images) + KL_WEIGHT * kl  # of a frozen encoder the latter is a constant
+            return loss + KL_WEIGHT * kl
 
         run = Run(module, SETTINGS[stage], self.out / stage, {"model": f"pocket {stage}", "scenes": self.scenes})
         for _ in run.train(loss_of, stop=stop):

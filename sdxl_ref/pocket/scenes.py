@@ -35,6 +35,18 @@ PROBE = ("blue circle", "red square")  # the model card's "a red cube on top of 
 OUTLINE = 4.0  # pixels
 
 
+@dataclass(frozen=True)
+class Look:
+    """How things are painted, which no caption tells: what a fine-tune can change."""
+
+    pale: float = 0.0  # share of white in each colour
+    outline: float = 0.55  # brightness of the outline: 0 is black, 1 none
+
+
+USUAL = Look()
+PASTEL = Look(pale=0.45, outline=1.0)  # pale colours, no outline: in no picture that the pair was trained on
+
+
 @dataclass(frozen=True, order=True)
 class Thing:
     colour: str
@@ -85,11 +97,11 @@ def random_scene(rng: np.random.Generator, things: int, held_out: bool = False) 
             return scene
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> Array:
+def draw(scene: Scene, rng: np.random.Generator, look: Look = USUAL) -> Array:
     """A picture (128,128,3) in [0,1] of a scene; what the scene leaves open comes from `rng`."""
     picture = background(scene.ground, scene.texture)
     for thing, (x, y, radius) in zip(scene.things, places(scene, rng), strict=True):
-        paint(picture, thing, x, y, radius, rng)
+        paint(picture, thing, (x, y, radius), rng, look)
     return picture
 
 
@@ -135,8 +147,11 @@ def inside(shape: str, x: Array, y: Array, radius: float) -> Array:
     )  # a cross of two bars
 
 
-def paint(picture: Array, thing: Thing, x: float, y: float, radius: float, rng: np.random.Generator) -> None:
+def paint(
+    picture: Array, thing: Thing, place: tuple[float, float, float], rng: np.random.Generator, look: Look
+) -> None:
     """One shaded thing with a dark outline and a surface of bands, dots or nothing, onto the picture in place."""
+    x, y, radius = place
     rows, columns = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     dx, dy = columns + 0.5 - np.float32(x), rows + 0.5 - np.float32(y)
     depth = inside(thing.shape, dx, dy, radius)
@@ -148,9 +163,10 @@ def paint(picture: Array, thing: Thing, x: float, y: float, radius: float, rng: 
     else:
         mark = np.zeros_like(depth, dtype=bool)
     light = 1 - 0.2 * (dx + dy) / (2 * radius)  # from the top left
-    colour = np.asarray(COLOURS[thing.colour], dtype=np.float32) * light[:, :, None]
+    colour = (1 - look.pale) * np.asarray(COLOURS[thing.colour], dtype=np.float32) + np.float32(look.pale)
+    colour = colour * light[:, :, None]
     colour = np.where(mark[:, :, None], 0.65 * colour + 0.35, colour)
     rim = np.clip(depth - OUTLINE + 0.5, 0, 1)[:, :, None]  # 0 in the outline, 1 further in
-    colour = colour * (0.55 + 0.45 * rim)
+    colour = colour * (look.outline + (1 - look.outline) * rim)
     cover = np.clip(depth + 0.5, 0, 1)[:, :, None]
     picture[:] = np.clip(cover * colour + (1 - cover) * picture, 0, 1)

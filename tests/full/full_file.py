@@ -56,6 +56,7 @@ def names_and_shapes(config: ModelConfig) -> Shapes:
     for part, prefix in prefixes(config).items():
         state = build_empty(part, config).state_dict()
         shapes |= {prefix + key: tuple(tensor.shape) for key, tensor in state.items()}
+    shapes["denoiser.sigmas"] = (1000,)  # in the official files too, and read by nobody
     return dict(sorted(shapes.items()))
 
 

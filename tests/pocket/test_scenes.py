@@ -7,9 +7,31 @@ import numpy as np
 import pytest
 
 from sdxl_ref.pocket.judge import judge
-from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, OPPOSITE, SHAPES, TEXTURES, Scene, Thing, draw, random_scene
+from sdxl_ref.pocket.scenes import (
+    COLOURS,
+    GROUNDS,
+    OPPOSITE,
+    PASTEL,
+    SHAPES,
+    TEXTURES,
+    Scene,
+    Thing,
+    draw,
+    random_scene,
+)
 
 COUNT = 1000
+
+
+def test_the_judge_reads_another_look_as_well() -> None:
+    rng = np.random.default_rng(7)
+    chosen = [random_scene(rng, 1 + i % 2) for i in range(300)]
+    drawn = [(scene, draw(scene, np.random.default_rng(i), PASTEL)) for i, scene in enumerate(chosen)]
+    right = sum(judge(picture, scene).all_right for scene, picture in drawn)
+    print(f"all right: {right} of {len(chosen)}")
+    assert right >= 0.98 * len(chosen)
+    usual = draw(chosen[0], np.random.default_rng(0))
+    assert np.abs(usual - drawn[0][1]).max() > 0.3
 
 
 def scenes(count: int, seed: int) -> list[tuple[Scene, np.ndarray]]:
