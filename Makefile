@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint types format bench
+.PHONY: demo test test-full lint types format notebooks bench
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -16,10 +16,11 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python -m sdxl_ref.demo
+	$(BIN)/python -m sdxl_ref demo
 
+# One process a core, each with one thread: many small models.
 test: .venv/installed-dev lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 # Full-size networks on a generated checkpoint: 20 GB of memory, 7 GB of disk under FULL_DIR.
 test-full: .venv/installed-dev
@@ -35,6 +36,10 @@ types: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Run the notebooks, their solutions too, and keep the fresh outputs.
+notebooks: .venv/installed-dev
+	$(BIN)/python tests/test_notebooks.py
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/bench.py

@@ -127,17 +127,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
-    """Open a safetensors file in the official layout, a folder that holds just one, or a folder in diffusers' layout.
-
-    InputError says what was expected and found: no such file, a pickle, no safetensors, another model's keys, a
-    missing, unexpected or misshapen tensor.
-    """
-    if os.path.isfile(Path(path) / "model_index.json"):
-        from sdxl_ref.folder import open_folder
-
-        return open_folder(Path(path), variant)
-    path = _file(Path(path))
+    """Open a safetensors file in the official layout, a folder with just one of these, or one in diffusers' layout."""
     try:
+        if os.path.isfile(Path(path) / "model_index.json"):
+            from sdxl_ref.folder import open_folder
+
+            return open_folder(Path(path), variant)
+        path = _file(Path(path))
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})

@@ -1,6 +1,8 @@
 """The command line. Exit status 0 on success, 2 with one line for bad input, 1 for anything else."""
 
 import argparse
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from sdxl_ref import __version__
 from sdxl_ref.config import InputError
 
 COMMANDS = {  # each a module of sdxl_ref.commands with `arguments(parser)` and `run(arguments)`
+    "demo": "paint a few prompts with the small pair that is installed, and refine a blurred scene",
     "refine": "refine a picture under a prompt",
     "generate": "make pictures from a prompt: base, ensemble of experts, or two stages",
     "train": "fine-tune a base or a refiner on a folder of pictures: a LoRA, or the whole UNet",
@@ -40,19 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = Parser(prog="sdxl-ref", description="Stable Diffusion XL's refiner, and the system around it.")
     top.add_argument("--version", action="version", version=f"sdxl-ref {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, summary in COMMANDS.items():
-        parser = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
-        if name in words[:1]:  # only the command that runs is imported
-            import_module(f"sdxl_ref.commands.{name}").arguments(parser)
     try:
+        for name, summary in COMMANDS.items():
+            parser = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
+            if name in words[:1]:  # only the command that runs is imported
+                import_module(f"sdxl_ref.commands.{name}").arguments(parser)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
             arguments = top.parse_args(words)
             import_module(f"sdxl_ref.commands.{arguments.command}").run(arguments)
     except InputError as error:
-        print(f"sdxl-ref: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print("sdxl-ref: error:", re.sub(r"[^ -~\u00a0-\U0010ffff]+", " ", str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sdxl-ref: stopped", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read standard output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

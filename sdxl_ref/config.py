@@ -80,8 +80,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         if self.ch % 32 or not self.scale_factor > 0:
-            found = f"{self.ch}, {self.scale_factor}"
-            raise InputError(f"expected ch a multiple of 32, scale_factor above 0, found {found}")
+            raise InputError(f"expected ch % 32 == 0 and scale_factor above 0, found {self.ch}, {self.scale_factor}")
 
 
 @dataclass(frozen=True)

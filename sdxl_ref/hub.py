@@ -6,6 +6,7 @@ resuming of downloads apply as everywhere.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def resolve(name: str | Path, kind: str = "", *, variant: str | None = None, **o
     the variant are fetched. InputError where there is neither, or the download fails.
     """
     path, text = Path(name), str(name)
-    if path.exists():
+    if os.path.exists(path):
         return path
     if text == "pocket" and not kind:
         raise InputError(f"the pocket pair is two models: expected one of {', '.join(POCKET)}, found pocket")

@@ -47,7 +47,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return Image.fromarray(np.array(image.convert("RGB")))  # leaves behind an EXIF that may be damaged
 
 
 def fit(image: Image.Image, max_pixels: int | None = None) -> Image.Image:

@@ -244,6 +244,8 @@ def adapter_names(part: str, official_prefix: str, network_rules: Iterable[Rule]
         dotted = [f"{part}.{name}", f"{official_prefix}{name}"]
         if part == "unet":
             dotted.append(f"diffusion_model.{name}")
+        elif name.startswith("text_model."):  # transformers 5 leaves it out
+            dotted.append(f"{part}.{name.removeprefix('text_model.')}")
         for each in (*dotted, *(prefix + name.replace(".", "_") for prefix in KOHYA.get(part, ()))):
             found[each] = place
     return found

@@ -9,6 +9,7 @@ The names of layers stand in `sdxl_ref.layouts`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,10 @@ from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.folder import part_rules
 from sdxl_ref.layouts import Place
 
+OLD = "lora_linear_layer.{}.weight"  # diffusers' text encoders before PEFT
 ROLES = {
-    "down": ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight"),
-    "up": ("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight"),
+    "down": ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight", OLD.format("down")),
+    "up": ("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight", OLD.format("up")),
     "mid": ("lora_mid.weight",),
     "alpha": ("alpha",),
 }
@@ -100,7 +102,12 @@ def read(path: Path) -> dict[str, Factors]:
     if strange or not found:
         names = ", ".join(strange[:3]) or "no tensors"
         raise InputError(f"{path} is no LoRA in kohya's, PEFT's, diffusers' or official names: found {names}")
-    return {name: _factors(name, roles, metadata, path) for name, roles in found.items()}
+    try:
+        return {name: _factors(name, roles, metadata, path) for name, roles in found.items()}
+    except InputError:
+        raise
+    except Exception as error:  # shapes and metadata of any kind
+        raise InputError(f"{path} is a broken adapter: its factors make no LoRA ({error!r})") from error
 
 
 def _plain(match: re.Match[str]) -> str:
@@ -119,15 +126,31 @@ def _factors(name: str, roles: Mapping[str, Tensor], metadata: Mapping[str, str]
     for factor in (down, up, *([mid] if mid is not None else [])):
         if not torch.isfinite(factor).all():
             raise InputError(f"{path}: layer {name} holds values that are not finite (NaN or infinite)")
-    alpha = float(roles["alpha"]) if "alpha" in roles else peft_alpha(metadata, rank)
+    alpha = float(roles["alpha"]) if "alpha" in roles else peft_alpha(metadata, name, rank)
+    if not math.isfinite(alpha) or (mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank))):
+        found = f"alpha {alpha}" if mid is None else f"alpha {alpha}, a third factor {tuple(mid.shape)}"
+        raise InputError(f"{path}: layer {name} makes no LoRA of rank {rank}: found {found}")
     return Factors(down, up, alpha, mid)
 
 
-def peft_alpha(metadata: Mapping[str, str], rank: int) -> float:
-    """The `lora_alpha` that PEFT's configuration gives, where diffusers kept it in the file; else the rank."""
+def peft_alpha(metadata: Mapping[str, str], name: str, rank: int) -> float:
+    """The alpha that PEFT's configuration gives a layer, where diffusers kept it in the file; else the rank.
+
+    A configuration stands there for each part (`unet.lora_alpha`), and may name layers (`unet.alpha_pattern`).
+    """
     config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    found = [value for key, value in config.items() if key.split(".")[-1] == "lora_alpha"]
-    return float(found[0]) if found else float(rank)
+    part = name.split(".")[0]
+
+    def given(field: str) -> Any:
+        return config.get(f"{part}.{field}", config.get(field))
+
+    alpha = given("lora_alpha")
+    for pattern, own in (given("alpha_pattern") or {}).items():
+        if re.search(rf"(^|\.){pattern}$", name):
+            alpha = own
+    if alpha is None:
+        return float(rank)
+    return float(alpha) * (math.sqrt(rank) if given("use_rslora") else 1)  # which divides by the root of the rank
 
 
 def fit(found: Mapping[str, Factors], config: ModelConfig) -> Adapter:
@@ -148,6 +171,8 @@ def fit(found: Mapping[str, Factors], config: ModelConfig) -> Adapter:
             adapter.missing.append(name)
         elif _shape(factors, len(shapes[place])) != shapes[place]:
             adapter.misshapen.append(f"{name} ({_x(_shape(factors, 0))} for {_x(shapes[place])})")
+        elif place in layers:
+            raise InputError(f"two layers of the adapter act on {place.part}.{place.key}, one of them is {name}")
         else:
             layers[place] = factors
     adapter = Adapter(layers, adapter.missing, adapter.misshapen)
@@ -210,9 +235,12 @@ def path_and_scale(text: str) -> tuple[Path, float]:
     """`FILE` or `FILE:scale` of a command line -> the file and its scale, 1 where none is given."""
     name, colon, scale = text.rpartition(":")
     try:
-        return (Path(name), float(scale)) if colon else (Path(text), 1.0)
+        found = (Path(name), float(scale)) if colon else (Path(text), 1.0)
     except ValueError:
-        return Path(text), 1.0
+        found = Path(text), 1.0
+    if not math.isfinite(found[1]):
+        raise InputError(f"the scale of an adapter must be a finite number, found {text}")
+    return found
 
 
 def put_on(pipelines: Sequence[Any], given: Sequence[str]) -> list[str]:

@@ -49,7 +49,8 @@ def matrices(config: ModelConfig) -> dict[Place, str]:
 
 
 def scaled(up: Tensor, factors: Factors) -> Tensor:
-    return up if factors.alpha == factors.rank else (up.float() * (factors.alpha / factors.rank)).to(up.dtype)
+    """`up` times the weight of the change, in float32 where that is not 1: a half would round it."""
+    return up if factors.alpha == factors.rank else up.float() * (factors.alpha / factors.rank)
 
 
 def named(adapter: Adapter, config: ModelConfig, form: str) -> dict[str, Factors]:

@@ -38,9 +38,8 @@ FLOORS = [  # from the top: a module may import from its own floor and from thos
     ["pocket.examples"],
     ["pocket.recipe", "pocket.evaluate"],
     ["commands.common"],
-    [f"commands.{name}" for name in ("refine", "generate", "train", "evaluate", "fetch", "info")],
+    [f"commands.{name}" for name in ("demo", "refine", "generate", "train", "evaluate", "fetch", "info")],
     ["cli"],
-    ["demo"],
 ]
 FREE = {
     "",

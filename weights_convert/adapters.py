@@ -37,7 +37,10 @@ def merge(source: Path, adapters: list[tuple[Path, float]], target: Path, force:
             weight = tensor.float().clone()
             for adapter, scale in fitted:
                 lora.add(weight, changed[key], adapter, scale)
-            return weight.to(tensor.dtype)
+            merged = weight.to(tensor.dtype)
+            if not torch.isfinite(merged).all():
+                raise InputError(f"{key} would hold values that are not finite in {tensor.dtype}: use a lower scale")
+            return merged
 
         entries = [entry(key, dtypes[key], checkpoint.shapes[key], read) for key in sorted(checkpoint.shapes)]
         metadata = dict(checkpoint.metadata) | model_spec(checkpoint.config)

@@ -55,6 +55,9 @@ def convert(
     if to not in ("official", "diffusers"):
         raise InputError(f"expected the layout official or diffusers, found {to!r}")
     checkpoint = open_checkpoint(source, variant)
+    inner, outer = source.resolve(), target.resolve()
+    if to == "diffusers" and inner != outer and (outer in inner.parents or inner in outer.parents):
+        raise InputError(f"{target} and {source} lie one inside the other: name another target")
     report = Report([f"{source}: {checkpoint.name}"])
     given = {"vae": (vae, vae_tensors), "text_encoder_2": (openclip, openclip_tensors)}
     replaced: dict[str, Tensors] = {}

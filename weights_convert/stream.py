@@ -6,6 +6,7 @@ A file is written beside its target and renamed when it is whole: a kill at any 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor
 
 from sdxl_ref.config import InputError
+from sdxl_ref.folder import INDEX
 
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -91,12 +95,30 @@ def write_file(
 
 
 def beside(target: Path) -> Path:
-    """Where a target is written before it has its name: the same place each time, so that nothing piles up."""
-    return target.with_name(f".{target.name[:200]}.part")
+    """Where this process writes a target before it has its name: two processes do not write into one file."""
+    return target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
+
+
+def clear_what_was_left(target: Path) -> None:
+    """Delete what processes that are no more have left beside a target, so that nothing piles up."""
+    for path in target.parent.glob(f".{glob.escape(target.name[:100])}.*.part"):
+        process = path.name.split(".")[-2]
+        if process.isdigit() and not running(int(process)):
+            clear(path)
+
+
+def running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 
 def clear(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -106,10 +128,14 @@ def check_target(target: Path, size: int, force: bool) -> None:
     """InputError unless `size` bytes can be written there, and nothing is there yet (or `force` is given)."""
     if target.exists() and not force:
         raise InputError(f"{target} is there already: name another target, or give --force to replace it")
+    if target.is_symlink() or (target.exists() and not (target.is_file() or target.is_dir())):
+        raise InputError(f"{target} is a link or a device, no file or folder: name another target")
+    if target.is_dir() and any(target.iterdir()) and not (target / INDEX).is_file():
+        raise InputError(f"{target} is a folder that holds other things than a model: name another target")
     folder = target.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"cannot write {target}: expected an existing, writable folder {folder}")
-    clear(beside(target))
+    clear_what_was_left(target)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(f"{target} needs {size / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")

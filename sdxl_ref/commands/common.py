@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,13 +50,14 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"device {name!r} is not to be had: expected auto, cpu, cuda or mps ({error})") from error
 
 
-def writable(*paths: Path | None) -> None:
-    """InputError unless files can be written there: found out before the work, not after it."""
+def writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
+    """InputError unless files can be written there, on none that is read: found out before the work, not after it."""
     given = [path for path in paths if path is not None]
-    if len(set(given)) < len(given):
-        raise InputError(f"two files cannot both be written to {given[0]}: name another one")
-    for path in given:
-        fits = len(os.fsencode(path.name)) <= 255 and not os.path.isdir(path)
+    places = [os.path.realpath(str(path)) for path in (*given, *read)]
+    for i, path in enumerate(given):
+        if places[i] in places[:i] + places[i + 1 :]:
+            raise InputError(f"cannot write {path}: another file is read or written there: name another one")
+        fits = len(os.fsencode(path.name)) <= 255 and (os.path.isfile(path) or not os.path.lexists(path))
         if not (fits and os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
             raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
 

@@ -77,7 +77,7 @@ def run(a: argparse.Namespace) -> None:
     check(a)
     out = a.out or Path("generated.png")
     outs = [out.with_stem(f"{out.stem}-{i}") for i in range(a.num_images)] if a.num_images > 1 else [out]
-    writable(*dict.fromkeys((*outs, out)), a.save_latents)
+    writable(*dict.fromkeys((*outs, out)), a.save_latents, read=[a.base, *filter(None, {a.refiner} - {a.base})])
     seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
     common = {name: getattr(a, name) for name in SHARED} | {"num_inference_steps": a.steps}
     common["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -8,21 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from sdxl_ref.checkpoint import CONFIG_KEY, EXTRAS, KNOWN_FILES, Checkpoint, open_checkpoint, prefixes
 from sdxl_ref.config import InputError
+from sdxl_ref.hub import resolve
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("checkpoint", type=Path, metavar="FILE", help="safetensors, official layout")
+    p.add_argument("checkpoint", metavar="MODEL", help="file, folder, repository, pocket-base or pocket-refiner")
     p.add_argument("--check", action="store_true", help="read the whole file once: its sha256, and that all is finite")
 
 
 def run(a: argparse.Namespace) -> None:
-    for line in list(report(a.checkpoint, a.check)):
+    for line in list(report(resolve(a.checkpoint), a.check)):
         print(line)
 
 
@@ -32,8 +34,9 @@ def report(path: Path, check: bool) -> Iterator[str]:
     yield f"{checkpoint.path}: {checkpoint.name}"
     if checkpoint.note:
         yield f"note: {checkpoint.note}"
-    with safe_open(checkpoint.path, framework="pt") as file:
-        dtype_of = {key: str(file.get_slice(key).get_dtype()) for key in checkpoint.shapes}
+    with checkpoint.reader() as read:  # maps tensors, reads nothing
+        found = {key: read(key).dtype for key in checkpoint.shapes}
+    dtype_of = {key: NAMES.get(dtype, str(dtype).removeprefix("torch.")) for key, dtype in found.items()}
     for part, prefix in prefixes(checkpoint.config).items():
         keys = [key for key in checkpoint.shapes if key.startswith(prefix) and not EXTRAS.fullmatch(key)]
         dtypes = ", ".join(sorted({dtype_of[key] for key in keys}))
@@ -43,7 +46,7 @@ def report(path: Path, check: bool) -> Iterator[str]:
     yield f"extras: {', '.join(extras) or 'none'}"
     for key, value in checkpoint.metadata.items():
         if key != CONFIG_KEY:
-            yield f"{key}: {value[:100]}"
+            yield f"{key}: {''.join(c if c.isprintable() else '?' for c in value[:100])}"
     digest = ""
     if check:
         digest = scan(checkpoint)
@@ -54,6 +57,10 @@ def report(path: Path, check: bool) -> Iterator[str]:
 
 def scan(checkpoint: Checkpoint) -> str:
     """Read the file once, front to back: its sha256. InputError names tensors with values that are not finite."""
+    if checkpoint.path.is_dir():
+        with checkpoint.reader() as read:
+            told(checkpoint, [key for key in checkpoint.shapes if not torch.isfinite(read(key).float()).all()])
+        return checkpoint.sha256()
     digest, bad = hashlib.sha256(), []
     with checkpoint.path.open("rb") as file:
         start = file.read(8)
@@ -66,8 +73,12 @@ def scan(checkpoint: Checkpoint) -> str:
             digest.update(data)
             if each["dtype"] in FLOATS and data:
                 values = torch.frombuffer(data, dtype=FLOATS[each["dtype"]])
-                if not torch.isfinite(values).all():
+                if not torch.isfinite(values.float() if each["dtype"].startswith("F8") else values).all():
                     bad.append(key)
+    told(checkpoint, bad)
+    return digest.hexdigest()
+
+
+def told(checkpoint: Checkpoint, bad: list[str]) -> None:
     if bad:
         raise InputError(f"{checkpoint.path}: {len(bad)} tensors hold NaN or infinite values: {', '.join(bad[:5])}")
-    return digest.hexdigest()

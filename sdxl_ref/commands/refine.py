@@ -28,7 +28,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     out = a.out or Path(f"{Path(a.image).stem}-refined.png")
-    writable(out, a.save_latents)
+    writable(out, a.save_latents, read=[a.image, a.checkpoint])
     device = pick_device(a.device)
     loaded = load_image(a.image)
     picture = fit(loaded, MAX_PIXELS)

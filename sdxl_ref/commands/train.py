@@ -160,6 +160,7 @@ def train(a: argparse.Namespace, choice: Choice | None, settings: Settings, devi
     unet = checkpoint.load("unet", dtype, device)
     torch.manual_seed(a.seed)
     parts = {"unet": unet} | (towers if choice and choice.text_encoders else {})
+    del towers  # where their outputs are cached, their memory is free
     factors = attach(parts, config, choice) if choice else None
     if a.gradient_checkpointing:
         checkpoint_activations(unet)  # type: ignore[arg-type]

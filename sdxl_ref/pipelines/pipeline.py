@@ -1,6 +1,7 @@
 """What every pipeline has: its parts, where they come from, where they run, and how results leave."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class Pipeline:
     @classmethod
     def open(cls, path: str | Path, variant: str | None = None) -> Checkpoint:
         """Open a file, a folder, "pocket", or a repository of the hub. InputError unless this pipeline can run it."""
-        if not Path(path).exists():
+        if not os.path.exists(path):
             from sdxl_ref.hub import resolve
 
             path = resolve(path, cls.kind, variant=variant)

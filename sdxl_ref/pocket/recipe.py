@@ -50,7 +50,7 @@ SETTINGS = {
     "towers": Settings(steps=3_000, learning_rate=2e-3, ema=0.99),
     "vae": Settings(steps=6_000, learning_rate=1e-3, weight_decay=0.0),
     "decoder": Settings(steps=2_500, learning_rate=6e-4, weight_decay=0.0),
-    "base": Settings(steps=7_000, learning_rate=1e-3),
+    "base": Settings(steps=6_000, learning_rate=1e-3),
     "refiner": Settings(steps=3_500, learning_rate=1e-3),
 }
 SAMPLE_EVERY = 2000
