@@ -1,0 +1,133 @@
+"""The notebooks run within a time limit, their solutions too, and what they show says nothing of the machine.
+
+`python tests/test_notebooks.py` (make notebooks) runs them and keeps the fresh outputs.
+"""
+
+import ast
+import copy
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LIMIT = 300  # seconds for one cell
+LARGEST = 2_000_000  # bytes of one file
+WEIGHTS = 'BASE, REFINER = "pocket", "pocket"'
+INLINE = "module://matplotlib_inline.backend_inline"
+PLAIN = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+SOLUTION = re.compile(r"<details>\n<summary>Solution</summary>\n\n```python\n(.*?)```\n\n</details>", re.DOTALL)
+every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def run(path: Path, more: Sequence[str] = ()) -> Any:
+    """Execute a notebook from top to bottom in a fresh kernel, then `more` in the same one; returns it with outputs."""
+    import matplotlib.font_manager  # noqa: F401  (the first import on a machine writes a cache, and says so)
+
+    book = read(path)
+    book.cells += [nbformat.v4.new_code_cell(each) for each in more]
+    here = {"metadata": {"path": str(path.parent)}}
+    quiet = ["--log-level=ERROR"]  # else each kernel says on the terminal that it listens on a local port
+    options = {"timeout": LIMIT, "startup_timeout": LIMIT, "record_timing": False, "extra_arguments": quiet}
+    client = NotebookClient(book, kernel_name="python3", resources=here, **options)
+    client.execute(env={**os.environ, "MPLBACKEND": INLINE})
+    for cell in code_cells(book):
+        for output in cell.outputs:
+            output.get("data", {}).pop("image/jpeg", None)  # PIL offers each picture twice
+    book.metadata = copy.deepcopy(PLAIN) | {"language_info": {"name": "python"}}
+    return book
+
+
+def code_cells(book: Any) -> list[Any]:
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def solutions(book: Any) -> list[str]:
+    return [code for cell in book.cells if cell.cell_type == "markdown" for code in SOLUTION.findall(cell.source)]
+
+
+def said(cell: Any) -> str:
+    """All text that a cell shows."""
+    found = [output.text for output in cell.outputs if output.output_type == "stream"]
+    for output in cell.outputs:
+        found += [value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
+    return "\n".join(found)
+
+
+def check_outputs(book: Any) -> None:
+    """No errors, nothing on standard error, no warning, no path of the machine."""
+    places = {str(ROOT), str(Path.home()), tempfile.gettempdir(), sys.prefix, sys.base_prefix, "/home/", "/root/"}
+    for cell in code_cells(book):
+        kinds = {output.get("name", output.output_type) for output in cell.outputs}
+        assert not kinds & {"stderr", "error"}, f"{cell.id} has an output of {kinds}"
+        assert "warning" not in said(cell).lower(), cell.id
+        for place in places - {"/"}:
+            assert place not in said(cell), f"{cell.id} names {place}"
+
+
+def shape(book: Any) -> list[tuple[str, list[list[str]]]]:
+    """What kinds of output each code cell has."""
+    return [(cell.id, [sorted(o.get("data", {"text": ""})) for o in cell.outputs]) for cell in code_cells(book)]
+
+
+def test_all_three_are_there() -> None:
+    numbers = [path.name[:3] for path in NOTEBOOKS]
+    assert numbers == ["01_", "02_", "03_"]
+
+
+@every
+def test_it_runs_and_so_do_its_solutions(path: Path) -> None:
+    kept = read(path)
+    answers = solutions(kept)
+    fresh = run(path, answers)
+    check_outputs(fresh)
+    assert shape(fresh)[: len(shape(kept))] == shape(kept), "the outputs are of another version: make notebooks"
+
+
+@every
+def test_what_is_kept_was_run_in_order_and_reads_well(path: Path) -> None:
+    book = read(path)
+    check_outputs(book)
+    assert [cell.execution_count for cell in code_cells(book)] == list(range(1, len(code_cells(book)) + 1))
+    assert sum("image/png" in kinds for _, outputs in shape(book) for kinds in outputs) >= 5
+    assert path.stat().st_size < LARGEST
+    assert set(book.metadata) == {"kernelspec", "language_info"}
+
+
+@every
+def test_its_form(path: Path) -> None:
+    """A question, predictions, one line that names the weights, assertions, exercises with folded solutions."""
+    book = read(path)
+    prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+    assert "**The question.**" in book.cells[0].source
+    assert prose.count("> **Predict first.**") >= 4
+    assert sum(cell.source.startswith(WEIGHTS) for cell in code_cells(book)) == 1
+    assert prose.count("<details>") == len(solutions(book)) >= 3
+    assert sum(cell.source.count("assert ") for cell in code_cells(book)) >= 20
+
+
+@every
+def test_it_defines_no_network_of_its_own(path: Path) -> None:
+    book = read(path)
+    for source in [*(cell.source for cell in code_cells(book)), *solutions(book)]:
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.ClassDef)
+            assert not (isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in ("nn", "torch.nn"))
+
+
+if __name__ == "__main__":
+    for notebook in NOTEBOOKS:
+        nbformat.write(run(notebook), notebook)
+        print(f"ran {notebook.name}, {notebook.stat().st_size / 1e6:.2f} MB")
