@@ -4,9 +4,9 @@
 
 Stages: `towers` (both text towers, on captions and what their pictures show; frozen afterwards, as SDXL's are), `vae`
 (autoencoder on crops of scenes), `latents` (scenes through it, once), `decoder` (goes on alone: the latents stay what
-they are), `base` (its UNet), `refiner` (its UNet on t in
-0..199, with the base's OpenCLIP tower), `write` (two files in the official layout, float16). The time of each is kept
-in DIR/times.json; README.md beside this file has the figures.
+they are), `base` (its UNet), `refiner` (its UNet on t in 0..199, with the base's OpenCLIP tower), `base-more` and
+`refiner-more` (each goes on, its loss weighted for higher noise), `write` (two files in the official layout, float16).
+The time of each is kept in DIR/times.json; README.md beside this file has the figures.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sdxl_ref.tokenizer import tokenize
 from sdxl_ref.training.diffusion import Batch, Objective
 from sdxl_ref.training.loop import Run, Settings
 
-STAGES = ("towers", "vae", "latents", "decoder", "base", "refiner", "write")
+STAGES = ("towers", "vae", "latents", "decoder", "base", "refiner", "base-more", "refiner-more", "write")
 TOWERS = ("text_encoder", "text_encoder_2")
 SCENES = 40_000
 KL_WEIGHT = 1e-6
@@ -52,10 +52,16 @@ SETTINGS = {
     "decoder": Settings(steps=2_500, learning_rate=6e-4, weight_decay=0.0),
     "base": Settings(steps=6_000, learning_rate=1e-3),
     "refiner": Settings(steps=3_500, learning_rate=1e-3),
+    "base-more": Settings(steps=5_500, learning_rate=1e-3, seed=1),
+    "refiner-more": Settings(steps=4_000, learning_rate=8e-4, seed=1),
 }
 SAMPLE_EVERY = 2000
-BATCH = {"base": 32, "refiner": 32}
-OBJECTIVES = {"base": Objective(weighting="debiased"), "refiner": Objective(last=199)}
+OBJECTIVES = {  # of a UNet's training, each with its share of a step's pictures
+    "base": {Objective(weighting="debiased"): 32},
+    "refiner": {Objective(last=199): 32},
+    "base-more": {Objective(first=700, weighting="v"): 24, Objective(weighting="v"): 8},  # what is settled first
+    "refiner-more": {Objective(last=199, weighting="debiased"): 32},
+}
 
 
 class Recipe:
@@ -69,7 +75,7 @@ class Recipe:
         """One stage, timed; the seconds of its pieces add up where it was stopped between."""
         began = time.perf_counter()
         try:
-            if stage in ("base", "refiner"):
+            if stage in OBJECTIVES:
                 self.unet(stage, stop)
             elif stage in SETTINGS:
                 getattr(self, stage)(stop)
@@ -188,9 +194,10 @@ class Recipe:
             found.append((posterior.mean * BASE.vae.scale_factor).half().cpu())
         write(self.out / "latents.safetensors", {"latents": torch.cat(found).contiguous()}, {})
 
-    def unet(self, kind: str, stop: int | None = None) -> None:
+    def unet(self, stage: str, stop: int | None = None) -> None:
         torch.manual_seed(SEED)
-        config, settings = CONFIGS[kind], SETTINGS[kind]
+        kind = stage.removesuffix("-more")
+        config = CONFIGS[kind]
         names = [part for part in prefixes(config) if part != "vae"]
         parts = nn.ModuleDict({part: build(part, config) for part in names})
         start(parts["unet"])  # type: ignore[arg-type]
@@ -199,25 +206,31 @@ class Recipe:
             own = {k.removeprefix(name + "."): v for k, v in trained.items() if k.startswith(name + ".")}
             parts[name].load_state_dict(own)
             parts[name].requires_grad_(False)
+        if stage != kind:
+            parts.load_state_dict(load_file(needed(self.out / f"{kind}.safetensors", kind)))
         parts.to(self.device)
         latents = load_file(needed(self.out / "latents.safetensors", "latents"))["latents"]
         _, told = self.pictures()
-        size, objective = BATCH[kind], OBJECTIVES[kind]
+        shares = OBJECTIVES[stage]
 
         def loss_of(step: int, generator: torch.Generator) -> Tensor:
-            index = torch.randint(len(latents), (size,), generator=generator)
-            rows = [told[i] for i in index.tolist()]
-            numbers = torch.stack([row.numbers(kind) for row in rows]).to(self.device)
-            batch = Batch(latents[index].to(self.device).float(), [row.caption for row in rows], numbers)
-            return objective.loss(parts, batch, generator)
+            losses = []
+            for objective, size in shares.items():
+                index = torch.randint(len(latents), (size,), generator=generator)
+                rows = [told[i] for i in index.tolist()]
+                numbers = torch.stack([row.numbers(kind) for row in rows]).to(self.device)
+                batch = Batch(latents[index].to(self.device).float(), [row.caption for row in rows], numbers)
+                losses.append(objective.loss(parts, batch, generator) * size / sum(shares.values()))
+            return torch.stack(losses).sum()
 
-        about = {"model": config.to_json(), "scenes": self.scenes, "batch": size, "objective": asdict(objective)}
-        run = Run(parts, settings, self.out / kind, about)
+        objectives = [[asdict(objective), size] for objective, size in shares.items()]
+        about = {"model": config.to_json(), "scenes": self.scenes, "objectives": objectives}
+        run = Run(parts, SETTINGS[stage], self.out / stage, about)
         for step in run.train(loss_of, stop=stop):
             if kind == "base" and step % SAMPLE_EVERY == 0:
                 self.sample(parts, run)
         state = parts.state_dict() | run.averaged
-        write(self.out / f"{kind}.safetensors", {k: v.cpu().contiguous() for k, v in state.items()}, {})
+        write(self.out / f"{stage}.safetensors", {k: v.cpu().contiguous() for k, v in state.items()}, {})
 
     def sample(self, parts: nn.ModuleDict, run: Run) -> None:
         """A sheet of pictures by the averaged weights, with what the judge finds right, into the stage's folder."""
@@ -238,8 +251,9 @@ class Recipe:
 
     def write(self) -> None:
         for kind, config in CONFIGS.items():
-            if (self.out / f"{kind}.safetensors").exists():
-                state = load_file(self.out / f"{kind}.safetensors")
+            done = [path for stage in (f"{kind}-more", kind) if (path := self.out / f"{stage}.safetensors").exists()]
+            if done:
+                state = load_file(done[0])
                 parts: dict[str, nn.Module] = {"vae": self.trained_vae()}
                 for part in (part for part in prefixes(config) if part != "vae"):
                     parts[part] = build(part, config)

@@ -275,9 +275,10 @@ class Dataset:
         return Rows(moments["mean"], moments["std"], captions, numbers, text.get("context"), text.get("pooled"))
 
     def empty(self) -> tuple[Tensor, Tensor]:
-        """Context (77,d) and pooled vector (e,) of the empty prompt, a refiner's dropped caption, if text is cached."""
+        """Context (77,d) and pooled (e,) of a dropped caption, if text is cached: the empty prompt, or a base's zeros."""
         text = self.shards.read([self.text_keys[""]])
-        return text["context"][0], text["pooled"][0]
+        kept = self.config.kind == "refiner"
+        return text["context"][0] * kept, text["pooled"][0] * kept
 
     def _latents(self, examples: Sequence[Example], vae: nn.Module, skip_bad: bool) -> dict[Path, str]:
         """The key of each picture that is no damaged one; their rows are in the shards then.

@@ -26,6 +26,7 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of the error at noise l
     "uniform": torch.ones_like,
     "min-snr": lambda sigma: (5 * sigma**2).clamp(max=1),  # min(SNR, 5) / SNR; Hang et al. 2023 (arXiv:2303.09556)
     "debiased": lambda sigma: sigma,  # 1 / sqrt(SNR); Yu et al. 2023 (arXiv:2310.08442)
+    "v": lambda sigma: 1 + sigma**2,  # what the error of v weighs; Salimans & Ho 2022 (arXiv:2202.00512), section 4
 }
 
 
@@ -103,19 +104,22 @@ def noised(latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
 
 
 def conditioning(parts: nn.ModuleDict, batch: Batch, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Context (b,77,d) and y (b,adm). Each different caption is encoded once. `dropped` is (b,) bool."""
-    base = "text_encoder" in parts
-    captions = ["" if gone and not base else caption for caption, gone in zip(batch.captions, dropped, strict=True)]
-    different = list(dict.fromkeys(captions))
-    context, pooled = encode_text(
-        parts["text_encoder"] if base else None, parts["text_encoder_2"], different, different
-    )
-    index = torch.tensor([different.index(caption) for caption in captions], device=context.device)
-    context, pooled = context[index], pooled[index]
-    if base:
-        kept = ~dropped.to(context.device)
-        context, pooled = context * kept[:, None, None], pooled * kept[:, None]
+    """Context (b,77,d) and y (b,adm)."""
+    context, pooled = text(parts, batch.captions, dropped)
     return context, torch.cat([pooled.float(), embed_numbers(batch.numbers.to(pooled.device))], dim=1)
+
+
+def text(parts: nn.ModuleDict, captions: Sequence[str], dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Context (b,77,d) and pooled vectors (b,e) of captions, of which `dropped` (b,) bool are: zeros on a base, the
+    empty prompt's on a refiner. Each different caption is encoded once."""
+    base = "text_encoder" in parts
+    told = ["" if gone and not base else caption for caption, gone in zip(captions, dropped.tolist(), strict=True)]
+    different = list(dict.fromkeys(told))
+    towers = parts["text_encoder"] if base else None, parts["text_encoder_2"]
+    context, pooled = encode_text(*towers, different, different)
+    index = torch.tensor([different.index(caption) for caption in told], device=context.device)
+    kept = ~dropped.to(context.device) if base else torch.ones_like(index)
+    return context[index] * kept[:, None, None], pooled[index] * kept[:, None]
 
 
 def checkpoint_activations(unet: UNet) -> None:

@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sdxl_ref import lora_forms
 from sdxl_ref.checkpoint import Checkpoint, prefixes
-from sdxl_ref.conditioning import embed_numbers, encode_text
+from sdxl_ref.conditioning import embed_numbers
 from sdxl_ref.config import ModelConfig
 from sdxl_ref.saving import write
 from sdxl_ref.training.adapters import learned
 from sdxl_ref.training.data import Dataset, Rows, draw
-from sdxl_ref.training.diffusion import Drawn, Objective
+from sdxl_ref.training.diffusion import Drawn, Objective, text
 from sdxl_ref.training.loop import Run
 
 ADAPTERS = {"kohya": "lora_kohya.safetensors", "peft": "lora_peft.safetensors"}
@@ -32,7 +32,7 @@ class Loss(nn.Module):
     """The loss of a batch, as a module, so that DistributedDataParallel can wrap it.
 
     `parts` are the networks that run: the UNet, and the text encoders where their outputs are not cached. `empty` is
-    context (77,d) and pooled vector (e,) of the empty prompt, where they are. `factors` are those of a LoRA.
+    what stands in for the cached outputs of a dropped caption (`Dataset.empty`). `factors` are those of a LoRA.
     """
 
     def __init__(
@@ -58,23 +58,14 @@ class Loss(nn.Module):
         return self.objective.weighted(unet, latents, drawn, context.to(weight), y)
 
     def text(self, rows: Rows, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """Context (b,77,d) and pooled vectors (b,e); those of dropped captions are zeros on a base (two encoders),
-        those of the empty prompt on a refiner."""
-        base = self.config.kind == "base"
+        """Context (b,77,d) and pooled vectors (b,e), from the cache where it has them; as `diffusion.text` has them."""
         if rows.context is None or rows.pooled is None:
-            captions = ["" if gone and not base else c for c, gone in zip(rows.captions, dropped.tolist(), strict=True)]
-            towers = self.parts["text_encoder"] if base else None, self.parts["text_encoder_2"]
-            context, pooled = encode_text(*towers, captions, captions)
-            if not base:
-                return context, pooled
-        else:
-            context, pooled = rows.context, rows.pooled
-        dropped = dropped.to(context.device)
-        instead = (torch.zeros_like(context[0]), torch.zeros_like(pooled[0])) if base else self.empty
-        assert instead is not None
+            return text(self.parts, rows.captions, dropped)
+        assert self.empty is not None
+        context, pooled = self.empty
         return (
-            torch.where(dropped[:, None, None], instead[0].to(context), context),
-            torch.where(dropped[:, None], instead[1].to(pooled), pooled),
+            torch.where(dropped[:, None, None], context, rows.context),
+            torch.where(dropped[:, None], pooled, rows.pooled),
         )
 
 

@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(steps=3, learning_rate=1e-3, warm_up=1)
     monkeypatch.setattr(recipe, "SETTINGS", dict.fromkeys(recipe.SETTINGS, settings))
-    monkeypatch.setattr(recipe, "BATCH", {"base": 2, "refiner": 2})
+    monkeypatch.setattr(
+        recipe, "OBJECTIVES", {stage: dict.fromkeys(objectives, 2) for stage, objectives in recipe.OBJECTIVES.items()}
+    )
     monkeypatch.setattr(recipe, "CROPS", 2)
     monkeypatch.setattr(recipe, "CAPTIONS", 2)
 
