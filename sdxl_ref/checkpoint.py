@@ -118,12 +118,19 @@ class Checkpoint:
         return f"{KNOWN_FILES.get(digest, ('', 'unknown'))[1]}, tensors sha256 {tensors.hexdigest()}"
 
     def sha256(self) -> str:
-        """Of the whole file, which is read once, in blocks."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
+        """Of the whole file."""
+        return sha256_of(self.path)
+
+
+def sha256_of(*paths: Path, start: int = 0) -> str:
+    """Of files, one behind the other, each from byte `start` on; read once, in blocks."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            file.seek(start)
             while block := file.read(1 << 24):
                 digest.update(block)
-        return digest.hexdigest()
+    return digest.hexdigest()
 
 
 def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
@@ -136,9 +143,12 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
         path = _file(Path(path))
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            whole = [key for key in shapes if "F" not in file.get_slice(key).get_dtype() and not EXTRAS.fullmatch(key)]
             metadata = dict(file.metadata() or {})
         config, note = identify(shapes, metadata, path)
         check(config, shapes, path)
+        if whole:  # I64, U8, BOOL, …
+            raise InputError(f"{path}: expected weights in floating point, found {len(whole)} others, as {whole[0]}")
     except InputError:
         raise
     except (SafetensorError, OSError) as error:
@@ -169,13 +179,12 @@ def identify(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str],
     """The configuration that a file carries, or else that its shapes tell, with a note on what was assumed."""
     if CONFIG_KEY in metadata:
         return ModelConfig.from_json(metadata[CONFIG_KEY]), ""
-    first, label = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"
-    if first not in shapes or label not in shapes:
+    label = "model.diffusion_model.label_emb.0.0.weight"
+    if label not in shapes:
         found = ", ".join(sorted({key.split(".")[0] for key in shapes})[:6]) or "no tensors"
         raise InputError(f"{path} is no SDXL checkpoint in the official layout: no {label}, found keys of {found}")
     for config in (REFINER_1_0, BASE_1_0):
-        width = config.unet.model_channels
-        if shapes[first][0] == width and shapes[label] == (4 * width, config.unet.adm_in_channels):
+        if shapes[label] == (4 * config.unet.model_channels, config.unet.adm_in_channels):
             return config, ""
     from sdxl_ref.identify import config_from_shapes
 

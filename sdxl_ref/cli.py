@@ -37,6 +37,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it may have been closed)
     for stream in (sys.stdout, sys.stderr):  # a file name may hold what the terminal cannot show
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -49,16 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name in words[:1]:  # only the command that runs is imported
                 import_module(f"sdxl_ref.commands.{name}").arguments(parser)
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told once, as an error
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
             arguments = top.parse_args(words)
             import_module(f"sdxl_ref.commands.{arguments.command}").run(arguments)
+        print(end="", flush=True)  # what cannot be written is found out here
     except InputError as error:
         print("sdxl-ref: error:", re.sub(r"[^ -~\u00a0-\U0010ffff]+", " ", str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sdxl-ref: stopped", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read standard output has gone
+    except OSError as error:  # standard output is full, or (a broken pipe) whoever read it has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print("sdxl-ref: error:", error, file=sys.stderr)
         return 1
     return 0

@@ -13,6 +13,16 @@ class InputError(ValueError):
     """Bad input from the user: the message says what was expected, what was found and what to do."""
 
 
+def check_sizes(config: object) -> None:
+    """InputError unless every field that is a size, or several, holds whole numbers that a network can have."""
+    for name, value in vars(config).items():
+        least = 0 if name == "transformer_depth" else 1  # a level without attention has none
+        sizes = value if isinstance(value, tuple | list) else [value]
+        right = all(type(n) is int and least <= n <= 10**6 for n in sizes)
+        if not right and name not in ("activation", "scale_factor"):
+            raise InputError(f"{name} must be whole numbers from {least} to a million, found {value!r:.60}")
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """The denoising UNet. Channels are multiples of 32 (GroupNorm has 32 groups everywhere)."""
@@ -29,6 +39,7 @@ class UNetConfig:
     adm_in_channels: int  # width of the vector `y`
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.model_channels % 32 or self.channel_mult[:1] != (1,):
             found = f"{self.model_channels}, {self.channel_mult}"
             raise InputError(f"expected model_channels a multiple of 32, channel_mult from 1 on, found {found}")
@@ -36,7 +47,7 @@ class UNetConfig:
             raise InputError(f"transformer_depth must be a number or one per level, found {self.transformer_depth}")
         widths = [self.model_channels * m for level, m in enumerate(self.channel_mult) if self.has_attention(level)]
         widths.append(self.model_channels * self.channel_mult[-1])  # the middle block always has attention
-        if self.num_head_channels < 1 or any(width % self.num_head_channels for width in widths):
+        if any(width % self.num_head_channels for width in widths):
             raise InputError(f"num_head_channels {self.num_head_channels} must divide the attention widths {widths}")
 
     @property
@@ -61,8 +72,9 @@ class TextEncoderConfig:
     context_length: int = 77
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
-            raise InputError(f"heads must divide the width {self.width}, found {self.heads!r}")
+        check_sizes(self)
+        if self.width % self.heads:
+            raise InputError(f"heads must divide the width {self.width}, found {self.heads}")
 
 
 @dataclass(frozen=True)
@@ -79,8 +91,9 @@ class VAEConfig:
     scale_factor: float = 0.13025
 
     def __post_init__(self) -> None:
-        if self.ch % 32 or not self.scale_factor > 0:
-            raise InputError(f"expected ch % 32 == 0 and scale_factor above 0, found {self.ch}, {self.scale_factor}")
+        check_sizes(self)
+        if self.ch % 32 or type(self.scale_factor) not in (int, float) or not 0 < self.scale_factor < 10**6:
+            raise InputError(f"expected ch % 32 == 0 and a scale_factor above 0, found {self.ch}, {self.scale_factor}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,14 @@ class ModelConfig:
     vae: VAEConfig
     resolution: int = 1024  # pixels a side of the pictures it was trained on
 
+    def __post_init__(self) -> None:
+        blocks = self.unet.num_res_blocks * sum(depth + 1 for depth in self.unet.depths)
+        blocks = max(blocks, self.vae.num_res_blocks * len(self.vae.ch_mult), *(t.layers for t in self.text_encoders))
+        if blocks > 1000:
+            raise InputError(f"expected networks of at most 1000 blocks, found {blocks}")
+        if type(self.resolution) is not int or self.resolution % 8 or not 8 <= self.resolution <= 10**4:
+            raise InputError(f"resolution must be a multiple of 8 up to 10000, found {self.resolution!r:.60}")
+
     @property
     def kind(self) -> str:
         return "refiner" if len(self.text_encoders) == 1 else "base"
@@ -108,10 +129,8 @@ class ModelConfig:
         try:
             raw = json.loads(text, object_hook=lambda d: {k: tuple(v) if type(v) is list else v for k, v in d.items()})
             encoders = tuple(TextEncoderConfig(**each) for each in raw["text_encoders"])
-            vae, resolution = VAEConfig(**raw["vae"]), int(raw.get("resolution", 1024))
-            if resolution < 8 or resolution % 8:
-                raise ValueError(f"resolution {resolution} is no multiple of 8")
-            return ModelConfig(UNetConfig(**raw["unet"]), encoders, vae, resolution)
+            unet, vae = UNetConfig(**raw["unet"]), VAEConfig(**raw["vae"])
+            return ModelConfig(unet, encoders, vae, raw.get("resolution", 1024))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"expected a configuration written by sdxl_ref, found {text[:60]!r} ({error})") from error
 

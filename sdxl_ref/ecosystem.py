@@ -18,12 +18,13 @@ from sdxl_ref.checkpoint import open_checkpoint
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.samplers import Step
 from sdxl_ref.hub import resolve
-from sdxl_ref.images import from_tensor
+from sdxl_ref.images import MULTIPLE, from_tensor
 from sdxl_ref.on_demand import Moved, Slot
 from sdxl_ref.pipelines.ensemble import EnsemblePipeline as Ensemble
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline as ImageToImage
 from sdxl_ref.pipelines.pipeline import Prompt
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline as TextToImage
+from sdxl_ref.watermark import check, embed
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 Self = TypeVar("Self", bound="Pretrained")
@@ -62,6 +63,8 @@ class Called:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         for i, step in enumerate(self.steps(self.request_type(prompt=prompt, **arguments))):
+            if watermark and i == 0:  # not after the whole run
+                check(MULTIPLE * step.x.shape[3], MULTIPLE * step.x.shape[2])
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, i, float(step.sigma), {"latents": step.x})
                 step.x.copy_((changed or {}).get("latents", step.x))
@@ -73,8 +76,6 @@ class Called:
         if output_type == "pt":
             return PipelineOutput(images)
         if watermark:
-            from sdxl_ref.watermark import embed
-
             return PipelineOutput([embed(each) for each in from_tensor(images)])
         return PipelineOutput(from_tensor(images))
 

@@ -6,7 +6,6 @@ Names and shapes are translated by `sdxl_ref.layouts` as tensors are read; nothi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,12 +17,70 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdxl_ref import layouts
-from sdxl_ref.checkpoint import PICKLES, Checkpoint, build_empty, check, prefixes
+from sdxl_ref.checkpoint import EXTRAS, PICKLES, Checkpoint, build_empty, check, prefixes, sha256_of
 from sdxl_ref.config import InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 
 INDEX = "model_index.json"
 EXTRAS_FILE = "official_extras.safetensors"  # what an official file holds and this layout has no place for
 STEMS = ("diffusion_pytorch_model", "model")
+CLASSES = {  # of each part, as the index names them
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+}
+UNET = {  # fields that change what is computed and no size of ours stands for, with SDXL's values
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "use_linear_projection": True,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+TEXT = {"layer_norm_eps": 1e-5, "max_position_embeddings": 77, "model_type": "clip_text_model", "vocab_size": 49408}
+SCHEDULER = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "trained_betas": None,
+}
 Json = dict[str, Any]
 
 
@@ -58,17 +115,6 @@ class Folder(Checkpoint):
         return sha256_of(*sorted({path for _, places in self.sources.values() for path, _ in places}))
 
 
-def sha256_of(*paths: Path, start: int = 0) -> str:
-    """Of files, one behind the other, each from byte `start` on; read once, in blocks."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            file.seek(start)
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def part_rules(part: str, config: ModelConfig) -> tuple[dict[str, Tensor], list[layouts.Rule]]:
     """The state of a part by official name, on the meta device, and the rule of each of its tensors."""
     network = build_empty(part, config)
@@ -98,7 +144,10 @@ def open_folder(folder: Path, variant: str | None = None) -> Folder:
     extras = folder / EXTRAS_FILE
     metadata: dict[str, str] = {}
     if extras.exists():
+        scale = prefixes(config)["text_encoder_2"] + "logit_scale"
         for name, (path, _, shape) in headers(extras).items():
+            if name != scale and not EXTRAS.fullmatch(name):
+                raise InputError(f"{extras} holds {name}, expected what the parts have no place for: delete the file")
             sources[name], shapes[name] = (None, [(path, name)]), shape
         with safe_open(extras, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -187,36 +236,43 @@ def read_json(path: Path) -> Json:
 
 
 def model_config(folder: Path) -> ModelConfig:
-    """The sizes of all parts, from their `config.json`."""
+    """The sizes of all parts, from their `config.json`. InputError where a field means another architecture."""
     index = read_json(folder / INDEX)
-    present = [name for name in ("text_encoder", "text_encoder_2") if index.get(name, [None])[0]]
-    if "text_encoder_2" not in present or "unet" not in index or "vae" not in index:
-        names = ", ".join(key for key in index if not key.startswith("_"))
-        raise InputError(f"{folder} is no SDXL pipeline: expected unet, vae and text_encoder_2, found {names}")
+    parts = [part for part in CLASSES if part != "text_encoder" or index.get(part) not in (None, [None, None])]
+    for part in parts:
+        if index.get(part) != CLASSES[part]:
+            found = f"expected {part} {CLASSES[part]}, found {index.get(part)}"
+            raise InputError(f"{folder / INDEX} is no SDXL pipeline: {found}")
+    if (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
+        agree(scheduler, read_json(scheduler), SCHEDULER)
+    paths = {part: folder / part / "config.json" for part in parts}
+    configs = {part: read_json(path) for part, path in paths.items()}
     try:
-        unet = unet_config(read_json(folder / "unet" / "config.json"))
-        vae = vae_config(read_json(folder / "vae" / "config.json"))
-        encoders = tuple(text_config(read_json(folder / name / "config.json")) for name in present)
-        return ModelConfig(
-            unet, encoders, vae, 8 * int(read_json(folder / "unet" / "config.json").get("sample_size", 128))
-        )
+        unet = unet_config(paths["unet"], configs["unet"])
+        vae = vae_config(paths["vae"], configs["vae"])
+        encoders = tuple(text_config(paths[part], configs[part]) for part in parts if part.startswith("text"))
+        return ModelConfig(unet, encoders, vae, 8 * int(configs["unet"].get("sample_size", 128)))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{folder}: a config.json lacks or garbles a field of an SDXL model ({error!r})") from error
 
 
-def unet_config(c: Json) -> UNetConfig:
-    """diffusers' `UNet2DConditionModel` -> ours; InputError for another kind of UNet."""
-    expected = {
-        "_class_name": "UNet2DConditionModel",
-        "addition_embed_type": "text_time",
-        "use_linear_projection": True,
-    }
+def agree(path: Path, found: Json, expected: Json) -> None:
+    """InputError where a field says something else than expected; one that is not there, or null for no, does not."""
     for key, value in expected.items():
-        if c.get(key) != value:
-            raise InputError(f"the UNet is not SDXL's: expected {key} {value!r}, found {c.get(key)!r}")
+        if (found.get(key, value) or None) != (value or None):
+            raise InputError(f"{path} is not SDXL's: expected {key} {value!r}, found {found[key]!r}")
+
+
+def unet_config(path: Path, c: Json) -> UNetConfig:
+    """diffusers' `UNet2DConditionModel` -> ours."""
     widths, heads = c["block_out_channels"], c["attention_head_dim"]  # which means the number of heads
     heads = [heads] * len(widths) if isinstance(heads, int) else heads
-    attention = tuple(2**i for i, kind in enumerate(c["down_block_types"]) if kind.startswith("CrossAttn"))
+    channels = widths[-1] // heads[-1]
+    crossed = [kind.startswith("CrossAttn") for kind in c["down_block_types"]]
+    kinds = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in crossed]
+    expected = UNET | {"attention_head_dim": [width // channels for width in widths], "down_block_types": kinds}
+    expected["up_block_types"] = [kind.replace("Down", "Up") for kind in reversed(kinds)]
+    agree(path, c | {"attention_head_dim": heads}, expected)
     depth = c["transformer_layers_per_block"]
     return UNetConfig(
         in_channels=c["in_channels"],
@@ -224,17 +280,20 @@ def unet_config(c: Json) -> UNetConfig:
         model_channels=widths[0],
         num_res_blocks=c["layers_per_block"],
         channel_mult=tuple(width // widths[0] for width in widths),
-        attention_resolutions=attention[::-1],
-        num_head_channels=widths[-1] // heads[-1],
+        attention_resolutions=tuple(2**i for i, cross in enumerate(crossed) if cross)[::-1],
+        num_head_channels=channels,
         transformer_depth=depth if isinstance(depth, int) else tuple(depth),
         context_dim=c["cross_attention_dim"],
         adm_in_channels=c["projection_class_embeddings_input_dim"],
     )
 
 
-def vae_config(c: Json) -> VAEConfig:
+def vae_config(path: Path, c: Json) -> VAEConfig:
     """diffusers' `AutoencoderKL` -> ours."""
     widths = c["block_out_channels"]
+    levels = len(widths)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    agree(path, c, VAE | kinds)
     return VAEConfig(
         ch=widths[0],
         ch_mult=tuple(width // widths[0] for width in widths),
@@ -247,8 +306,9 @@ def vae_config(c: Json) -> VAEConfig:
     )
 
 
-def text_config(c: Json) -> TextEncoderConfig:
+def text_config(path: Path, c: Json) -> TextEncoderConfig:
     """transformers' `CLIPTextConfig` -> ours."""
+    agree(path, c, TEXT | {"intermediate_size": 4 * c["hidden_size"]})
     return TextEncoderConfig(
         width=c["hidden_size"],
         heads=c["num_attention_heads"],

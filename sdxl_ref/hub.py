@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sdxl_ref.checkpoint import KNOWN_FILES, PICKLES
+from sdxl_ref.checkpoint import KNOWN_FILES, PICKLES, sha256_of
 from sdxl_ref.config import InputError
-from sdxl_ref.folder import INDEX, STEMS, sha256_of
+from sdxl_ref.folder import INDEX, STEMS
 
 REPOSITORIES = {
     "refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0", "sd_xl_refiner_1.0.safetensors"),

@@ -85,10 +85,11 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("parameters", parameters(settings).encode(errors="replace").decode())  # a prompt of broken bytes
     chunks.add_itxt("sdxl_ref", json.dumps(settings))
-    beside = path.with_name(f".{os.getpid()}.part")  # a short name, whatever the target is called
+    target = Path(os.path.realpath(path))  # a link stays, and what it points to is written
+    beside = target.with_name(f".{os.getpid()}.part")  # a short name, whatever the target is called
     try:
         image.save(beside, format="PNG", pnginfo=chunks)
-        beside.replace(path)
+        beside.replace(target)
     except OSError as error:
         raise InputError(f"could not write {path}: {error.strerror or error}") from error
     finally:

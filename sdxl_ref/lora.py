@@ -98,7 +98,10 @@ def read(path: Path) -> dict[str, Factors]:
         if match is None:
             strange.append(key)
         else:
-            found.setdefault(match[1].removeprefix("base_model.model."), {})[ROLE_OF[match[2]]] = tensor
+            layer, role = match[1].removeprefix("base_model.model."), ROLE_OF[match[2]]
+            if role in found.setdefault(layer, {}):
+                raise InputError(f"{path} holds the {role} factor of {layer} twice, under two names: one is {key}")
+            found[layer][role] = tensor
     if strange or not found:
         names = ", ".join(strange[:3]) or "no tensors"
         raise InputError(f"{path} is no LoRA in kohya's, PEFT's, diffusers' or official names: found {names}")
@@ -124,7 +127,9 @@ def _factors(name: str, roles: Mapping[str, Tensor], metadata: Mapping[str, str]
         shapes = f"down {tuple(down.shape)}, up {tuple(up.shape)}"
         raise InputError(f"{path}: layer {name} has no common rank of at least 1 ({shapes})")
     for factor in (down, up, *([mid] if mid is not None else [])):
-        if not torch.isfinite(factor).all():
+        if not factor.is_floating_point():
+            raise InputError(f"{path}: layer {name} has factors of {factor.dtype}, expected floating point numbers")
+        if not torch.isfinite(factor.float()).all():  # float8 has no isfinite
             raise InputError(f"{path}: layer {name} holds values that are not finite (NaN or infinite)")
     alpha = float(roles["alpha"]) if "alpha" in roles else peft_alpha(metadata, name, rank)
     if not math.isfinite(alpha) or (mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank))):

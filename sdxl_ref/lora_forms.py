@@ -36,14 +36,15 @@ def metadata(config: ModelConfig) -> dict[str, str]:
 
 
 def matrices(config: ModelConfig) -> dict[Place, str]:
-    """Every place that an adapter can act on once (q, k and v one by one), and its official key in a checkpoint."""
+    """Every matrix and kernel that an adapter can act on, once (q, k and v one by one), and its official key in a
+    checkpoint. Embeddings are none: they are looked up, not multiplied with."""
     found: dict[Place, str] = {}
     for part, prefix in prefixes(config).items():
         if part != "vae":
             state, rules = part_rules(part, config)
             for place in layouts.places(part, rules).values():
                 stacked = any(place.key == rule.official and len(rule.other) > place.count for rule in rules)
-                if state[place.key].ndim >= 2 and not stacked:
+                if state[place.key].ndim >= 2 and not stacked and "embedding" not in place.key:
                     found[place] = prefix + place.key
     return found
 

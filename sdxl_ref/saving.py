@@ -28,7 +28,7 @@ def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
 
 def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write beside the target, then rename: an older file stays whole until the new one is. InputError on failure."""
-    beside = path.with_name(f".{os.getpid()}.part")
+    beside = path.parent / f".{os.getpid()}.part"
     try:
         save_file(state, beside, metadata)
         mask = os.umask(0)  # safetensors writes for the owner alone

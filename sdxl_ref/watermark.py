@@ -28,10 +28,16 @@ def package() -> Any:
     return imwatermark
 
 
+def check(width: int, height: int) -> None:
+    """InputError where a picture has fewer than 256x256 pixels, or the package is not there."""
+    if width * height < SMALLEST:
+        raise InputError(f"a watermark needs a picture of 256x256 pixels or more, found {width}x{height}")
+    package()
+
+
 def embed(image: Image.Image) -> Image.Image:
-    """The picture with the 48 bits in it. InputError where it has fewer than 256x256 pixels."""
-    if image.width * image.height < SMALLEST:
-        raise InputError(f"a watermark needs a picture of 256x256 pixels or more, found {image.width}x{image.height}")
+    """The picture with the 48 bits in it. InputError as `check` raises it."""
+    check(*image.size)
     encoder = package().WatermarkEncoder()
     encoder.set_watermark("bits", BITS)
     marked = encoder.encode(np.ascontiguousarray(np.asarray(image)[:, :, ::-1]), METHOD)  # works on b, g, r

@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -311,7 +312,7 @@ def odd_configurations() -> list[tuple[str, str]]:
 
 
 UNSEEN = ("text_encoders.0.heads", "vae.scale_factor", "unet.num_head_channels")  # no shape tells whether it is right
-IDLE = ("unet.transformer_depth.0", "vae.scale_factor 1.5")  # the depth of a level without attention; a fair factor
+IDLE = ("unet.transformer_depth.0 0", "vae.scale_factor 1.5")  # the depth of a level without attention; a fair factor
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -333,6 +334,38 @@ def test_an_odd_configuration_is_bad_input(seen: bool, files: dict[str, Path], t
         except Exception as error:
             failures.append(f"{name}: {error!r}")
     assert failures == []
+
+
+ABSURD = [
+    ("unet", "num_head_channels", 64.0, "num_head_channels must be whole numbers from 1 to a million, found 64.0"),
+    ("unet", "num_res_blocks", True, "num_res_blocks must be whole numbers from 1 to a million, found True"),
+    ("unet", "num_res_blocks", 10**6, "expected networks of at most 1000 blocks, found 9000000"),
+    ("unet", "transformer_depth", 10**6, "expected networks of at most 1000 blocks, found 3000003"),
+    ("unet", "attention_resolutions", [2, -4], "attention_resolutions must be whole numbers from 1"),
+    ("unet", "context_dim", 10**18, "context_dim must be whole numbers from 1 to a million, found 10000"),
+    ("text_encoders", "layers", 10**6, "expected networks of at most 1000 blocks, found 1000000"),
+    ("text_encoders", "heads", -1, "heads must be whole numbers from 1 to a million, found -1"),
+    ("vae", "num_res_blocks", 10**6, "expected networks of at most 1000 blocks, found 2000000"),
+    *(("vae", "scale_factor", value, "a scale_factor above 0") for value in (0, -1, math.nan, math.inf, True)),
+    ("", "resolution", math.inf, "resolution must be a multiple of 8 up to 10000, found inf"),
+    ("", "resolution", 8 * 10**9, "resolution must be a multiple of 8 up to 10000, found 8000000000"),
+]
+
+
+@pytest.mark.parametrize(("part", "field", "value", "message"), ABSURD)
+def test_an_absurd_configuration_is_told_at_once(
+    part: str, field: str, value: Any, message: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    raw = json.loads(REFINER.to_json())
+    place = raw[part] if part else raw
+    (place[0] if part == "text_encoders" else place)[field] = value
+    path = write(tmp_path / "a.safetensors", state, {CONFIG_KEY: json.dumps(raw)})
+    began = time.perf_counter()
+    line = error_of(path)
+    assert time.perf_counter() - began < 5  # building a million blocks takes minutes
+    assert line.startswith("expected a configuration written by sdxl_ref, found ")
+    assert message in line
+    assert "\n" not in line
 
 
 # --- the official lists -------------------------------------------------------------------------------------------
@@ -518,6 +551,13 @@ def test_keys_that_do_not_fit(
     line = error_of(write(tmp_path / "a.safetensors", state, metadata()))
     assert f"{tmp_path}/a.safetensors looks like an SDXL refiner, but its tensors do not fit: " in line
     assert problem in line
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_weights_of_whole_numbers_are_refused(dtype: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
+    state |= {NORM: state[NORM].to(dtype), "model_ema.num_updates": torch.tensor(7)}  # the latter is no weight
+    line = error_of(write(tmp_path / "a.safetensors", state, metadata()))
+    assert line == f"{tmp_path}/a.safetensors: expected weights in floating point, found 1 others, as {NORM}"
 
 
 def test_several_problems_in_one_line_with_their_counts(state: dict[str, Tensor], tmp_path: Path) -> None:

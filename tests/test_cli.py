@@ -32,6 +32,7 @@ from sdxl_ref.cli import main
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.images import from_tensor, load_image
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+from weights_convert.cli import main as convert_command
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
@@ -136,6 +137,7 @@ def test_refine(refine: Command, here: Path, small_refiner_file: Path, capsys: p
     assert made["checkpoint"]["sha256"] == sha256
     assert made["checkpoint"]["file"] == small_refiner_file.name
     assert made["checkpoint"]["vae"].startswith("unknown, tensors sha256 ")
+    assert made["image_sha256"] == hashlib.sha256(Path(refine.image).read_bytes()).hexdigest()
     assert made["versions"] == {"sdxl_ref": sdxl_ref.__version__, "torch": torch.__version__}
     assert parameters == (
         "a cat\nNegative prompt: blurry\nSteps: 10, Sampler: euler, Schedule type: leading, CFG scale: 5.0, Seed: 7, "
@@ -194,6 +196,42 @@ def test_every_option_changes_the_picture(
 ) -> None:
     assert refine(out="out.png", **changes) == 0
     assert not np.array_equal(pixels(here / "out.png"), plain_picture)
+
+
+def test_the_settings_tell_the_adapters_by_their_hashes(
+    refine: Command, here: Path, small_refiner_file: Path, small_base_file: Path
+) -> None:
+    layer = "lora_unet_middle_block_1_proj_in"
+    factors = {f"{layer}.lora_down.weight": torch.ones(1, 128), f"{layer}.lora_up.weight": torch.ones(128, 1)}
+    save_file(factors, "a.safetensors")
+    sha256 = [hashlib.sha256((here / "a.safetensors").read_bytes()).hexdigest()]
+    assert refine(out="out.png", lora="a.safetensors:0.5") == 0
+    assert settings(here / "out.png")[0]["lora_sha256"] == sha256
+    models = ["--base", str(small_base_file), "--refiner", str(small_refiner_file), "--lora", "a.safetensors"]
+    size = ["--height", "64", "--width", "64", "--steps", "5", "--prompt", "a cat"]
+    assert main(["generate", *models, *size]) == 0
+    assert settings(here / "generated.png")[0]["lora_sha256"] == sha256
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+@pytest.mark.parametrize("size", [(8, 8), (8, 24)])
+def test_the_smallest_pictures(refine: Command, here: Path, size: tuple[int, int], guidance_scale: float) -> None:
+    """At a latent of 1x1 a group of the UNet's first norm is a single value."""
+    Image.new("RGB", size, "green").save("in.png")
+    assert refine("in.png", out="out.png", guidance_scale=guidance_scale) == 0
+    assert Image.open("out.png").size == size
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_exif_does_not_matter(refine: Command, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, exif in (
+        ("a.jpg", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\x7f\0\0"),
+        ("b.jpg", b"Exif\0\0II"),
+    ):
+        Image.new("RGB", (64, 64), "green").save(name, exif=exif)
+        assert load_image(name).info == {}  # nothing of it goes on
+        assert refine(name, out="out.png") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_name_of_the_picture_is_derived(refine: Command, here: Path) -> None:
@@ -278,6 +316,9 @@ def test_stopped_from_the_keyboard(
     assert refine() == 1
     assert capsys.readouterr().err == "sdxl-ref: stopped\n"
     assert os.listdir(here) == []
+    monkeypatch.setattr("sdxl_ref.cli.import_module", interrupt)  # while the libraries are still coming
+    assert refine() == 1
+    assert capsys.readouterr().err == "sdxl-ref: stopped\n"
 
 
 # --- info ---------------------------------------------------------------------------------------------------------
@@ -323,6 +364,55 @@ def test_info_names_extras_and_metadata(
     lines = capsys.readouterr().out.splitlines()
     assert "extras: denoiser.sigmas" in lines
     assert "modelspec.title: a small one" in lines
+
+
+def test_info_prints_no_control_characters_of_a_file(
+    here: Path, small_refiner_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(small_refiner_file) | {"model_ema.\x1b[31m": torch.ones(1)}
+    meta = {CONFIG_KEY: SMALL_REFINER.to_json(), "title\x1b[2J": "red \x1b[31m\r\nsha256: \u202e0"}
+    save_file(state, "a.safetensors", meta)
+    assert main(["info", "a.safetensors"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "extras: model_ema.?[31m" in lines
+    assert "title?[2J: red ?[31m??sha256: ?0" in lines
+    assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_info_on_a_folder(
+    value: float, here: Path, small_refiner_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, vae = "decoder.conv_in.bias", here / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    assert convert_command(["convert", str(small_refiner_file), "model", "--to", "diffusers"]) == 0
+    capsys.readouterr()
+    state = load_file(vae)
+    state[name][0] = value
+    save_file(state, vae, {"format": "pt"})
+    assert main(["info", "model"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "model: SDXL-like refiner"
+    assert any(line.startswith("unet ") and f"{parameters('refiner', 'unet'):,} parameters" in line for line in lines)
+    assert main(["info", "model", "--check"]) == (0 if value == 1 else 2)
+    captured = capsys.readouterr()
+    if value == 1:
+        assert "finite: every value of every tensor" in captured.out.splitlines()
+    else:
+        assert_one_line(captured, f"1 tensors hold NaN or infinite values: first_stage_model.{name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_info_check_reads_8_bit_weights(
+    dtype: torch.dtype, here: Path, small_refiner_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, name = load_file(small_refiner_file), "model.diffusion_model.out.2.weight"
+    for value in (1.0, math.nan):
+        state[name] = torch.full_like(state[name], value, dtype=torch.float32).to(dtype)
+        save_file(state, "a.safetensors", {CONFIG_KEY: SMALL_REFINER.to_json()})
+        assert main(["info", "a.safetensors", "--check"]) == (0 if value == 1 else 2)
+    captured = capsys.readouterr()
+    assert f"F16, F8_{str(dtype).split('_', 1)[1].upper().removesuffix('FN')}" in captured.out
+    assert_one_line(captured, f"a.safetensors: 1 tensors hold NaN or infinite values: {name}")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -411,6 +501,7 @@ def lying_header(data: bytes) -> bytes:
 
 
 NORM = "first_stage_model.decoder.norm_out.weight"
+TIFF = b"II*\0\x08\0\0\0\x02\0\0\x01\x03\0\xff\xff\xff\x7f\x40\0\0\0"  # Pillow warns, then it refuses
 UNFINISHED = "returned values that are not finite"
 BAD: dict[str, tuple[Case, str]] = {
     # the checkpoint
@@ -420,6 +511,10 @@ BAD: dict[str, tuple[Case, str]] = {
     "a lying header": (content(lying_header), "expected a whole safetensors file, could not read"),
     "a missing key": (weights(lambda s: s.pop(NORM)), f"do not fit: 1 missing: {NORM}"),
     "an unexpected key": (weights(lambda s: s.update(x=torch.ones(1))), "do not fit: 1 unexpected: x"),
+    "weights of whole numbers": (
+        weights(lambda s: s.update({NORM: torch.ones(32, dtype=torch.int8)})),
+        f"expected weights in floating point, found 1 others, as {NORM}",
+    ),
     "a misshapen key": (
         weights(lambda s: s.update({NORM: torch.ones(7)})),
         f"do not fit: 1 of another shape: {NORM} (expected 32, found 7)",
@@ -467,6 +562,7 @@ BAD: dict[str, tuple[Case, str]] = {
     ),
     # the picture
     "no picture": (picture(b"hello"), "expected a picture (PNG, JPEG, WebP, …), could not read"),
+    "a damaged TIFF": (picture(TIFF), "expected a picture (PNG, JPEG, WebP, …), could not read"),
     "an empty picture": (picture(b""), "expected a picture (PNG, JPEG, WebP, …), could not read"),
     "a missing picture": (given(image="none.png"), "no such picture: none.png"),
     "a folder as picture": (given(image="."), "expected a picture"),
@@ -483,12 +579,28 @@ BAD: dict[str, tuple[Case, str]] = {
     "1001 steps": (given(steps=1001), "the number of steps must be a whole number from 1 to 1000, found 1001"),
     "1000 leading steps": (given(steps=1000), '"leading" with 1000 steps leaves the 1000 training steps'),
     "half a step": (given(steps=2.5), "argument --steps: invalid int value: '2.5'"),
+    "too little strength for 1 step": (given(steps=1), "runs 0 steps: the smallest strength is 1.0"),
     "too little strength": (given(steps=10, strength=0.09), "runs 0 steps: the smallest strength is 0.1"),
     "too little strength for sgm": (
         given(steps=10, strength=0.1, strength_rule="sgm"),
         "runs 0 steps: the smallest strength is 0.1819",
     ),
-    "a seed too large": (given(seed=2**64), f"argument --seed: invalid seed value: '{2**64}'"),
+    **{
+        f"seed {value}": (
+            given(seed=value),
+            f"argument --seed: expected a whole number from -2^63 to 2^64 - 1, found {value}",
+        )
+        for value in (2**64, -(2**63) - 1)
+    },
+    "a seed that is no number": (given(seed="a lot"), "argument --seed: invalid seed value: 'a lot'"),
+    **{
+        f"guidance_rescale {value}": (
+            given(guidance_rescale=value),
+            f"guidance_rescale must be from 0 to 1, found {float(value)}",
+        )
+        for value in ("-0.1", "1.1", "nan", "inf")
+    },
+    "a watermark in a small picture": (given(watermark=True), "needs a picture of 256x256 pixels or more, found 64x64"),
     # the names
     "an unknown sampler": (given(sampler="banana"), "unknown sampler 'banana': expected one of euler, "),
     "an unknown spacing": (
@@ -578,6 +690,7 @@ def test_what_cannot_be_written_is_found_before_the_work(
 ) -> None:
     monkeypatch.setattr(ImageToImagePipeline, "from_single_file", stop)
     assert refine(out="none/out.png") == 2
+    assert refine(out="out.png", watermark=True) == 2  # the picture is too small for it
     with pytest.raises(Stopped):
         refine(out="out.png")
 
@@ -586,7 +699,7 @@ def test_what_cannot_be_written_is_found_before_the_work(
 def test_a_full_disk_leaves_nothing_behind(
     failing: str, refine: Command, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other of the two results may stand, whole; no half file does."""
+    """The latents alone are no result; the picture alone is one. No half file is."""
 
     def replace(self: Path, target: Path) -> Path:
         if target.name == failing:
@@ -596,8 +709,53 @@ def test_a_full_disk_leaves_nothing_behind(
 
     monkeypatch.setattr(Path, "replace", replace)
     assert refine(out="out.png", save_latents="out.safetensors") == 2
-    assert_one_line(capsys.readouterr(), f"could not write {failing}: No space left on device")
-    assert set(os.listdir(here)) <= {"out.png", "out.safetensors"} - {failing}
+    where = failing if failing == "out.png" else here / failing
+    assert_one_line(capsys.readouterr(), f"could not write {where}: No space left on device")
+    assert os.listdir(here) == ([] if failing == "out.png" else ["out.png"])
+
+
+def test_what_is_read_is_not_written(
+    refine: Command, here: Path, photo: Path, small_refiner_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is one file written twice; by whatever name."""
+    Path("here").symlink_to(here)
+    Path("in.png").write_bytes(photo.read_bytes())
+    Path("link.png").symlink_to("in.png")
+    before = {path: path.read_bytes() for path in (here / "in.png", small_refiner_file)}
+    cases: list[Changes] = [{"out": out} for out in ("in.png", "here/in.png", "link.png", small_refiner_file)]
+    cases += [{"out": "out.png", "save_latents": twin} for twin in ("out.png", "./out.png", "here/out.png")]
+    cases += [{"out": "out.png", "save_latents": small_refiner_file}]
+    for changes in cases:
+        assert refine("in.png", **changes) == 2
+        assert_one_line(capsys.readouterr(), "another file is read or written there: name another one")
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(os.listdir()) == ["here", "in.png", "link.png"]
+
+
+def test_what_is_no_file_is_not_replaced(
+    refine: Command, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe here, as a device would be; and a link to nothing."""
+    monkeypatch.setattr(ImageToImagePipeline, "from_single_file", stop)
+    os.mkfifo("pipe")
+    Path("link.png").symlink_to("none/out.png")
+    for changes in ({"out": "pipe"}, {"save_latents": "pipe"}, {"out": "link.png"}):
+        assert refine(**changes) == 2
+        assert_one_line(capsys.readouterr(), "expected a file name in an existing, writable folder")
+
+
+def test_results_go_through_links(refine: Command, here: Path) -> None:
+    Path("folder").mkdir()
+    for name, old in (("out.png", "old.png"), ("out.safetensors", "old.safetensors")):
+        Path("folder", old).write_bytes(b"old")
+        Path(name).symlink_to(Path("folder", old))
+    assert refine(out="out.png", save_latents="out.safetensors") == 0
+    assert os.readlink("out.png") == "folder/old.png"
+    assert settings(here / "folder" / "old.png")[0]["prompt"] == "a cat"
+    assert os.readlink("out.safetensors") == "folder/old.safetensors"
+    assert load_file("folder/old.safetensors")["latents"].shape == (1, 4, 8, 8)
+    assert sorted(os.listdir()) == ["folder", "out.png", "out.safetensors"]
+    assert sorted(os.listdir("folder")) == ["old.png", "old.safetensors"]
 
 
 # --- as a process -------------------------------------------------------------------------------------------------
@@ -614,6 +772,28 @@ def test_a_process_that_succeeds(refine: Command, here: Path) -> None:
     result = process([b"caf\xe9" if word == b"PROMPT" else word for word in words])
     assert (result.returncode, result.stderr) == (0, "")
     assert settings(here / "out.png")[1].startswith("caf?\n")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "error"),
+    [
+        ("> /dev/full", 1, "sdxl-ref: error: [Errno 28] No space left on device\n"),
+        ("| head -0", 1, ""),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+    ],
+)
+@pytest.mark.parametrize("command", ["info", "refine"])
+def test_a_process_whose_streams_are_full_or_closed(
+    command: str, redirection: str, status: int, error: str, refine: Command, here: Path, small_refiner_file: Path
+) -> None:
+    words = ["info", str(small_refiner_file)] if command == "info" else refine.words(out="out.png")
+    line = f'set -o pipefail; "$@" {redirection}'
+    result = subprocess.run(
+        ["bash", "-c", line, "bash", sys.executable, "-m", "sdxl_ref", *words], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (status, error)
+    assert os.listdir(here) == (["out.png"] if command == "refine" and status == 0 else [])
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint": "none.safetensors"}, {"strength": 2}, {"dtype": "banana"}], ids=str)

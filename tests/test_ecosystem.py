@@ -216,8 +216,10 @@ def test_the_watermark_is_read_back_by_the_packages_own_decoder(small_base_file:
     arguments = {"height": 64, "width": 64, "num_inference_steps": 2}
     with pytest.raises(InputError, match='goes into output_type "pil" only'):
         pipe("x", watermark=True, output_type="pt", **arguments)
+    called: list[int] = []
     with pytest.raises(InputError, match="256x256"):
-        pipe("x", watermark=True, **arguments)
+        pipe("x", watermark=True, callback_on_step_end=lambda _, i, *__: called.append(i), **arguments)
+    assert called == []  # it is found out at the first step
 
 
 def test_offloading_moves_each_part_in_when_it_works_and_changes_nothing(small_base_file: Path) -> None:

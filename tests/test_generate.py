@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from sdxl_ref.cli import main
+from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
 
 
 @pytest.fixture
@@ -54,6 +55,15 @@ def test_several_images_have_a_seed_each_and_a_sheet(base: list[str]) -> None:
     assert main([*base, "--seed", "6", "--out", "alone.png"]) == 0
     difference = [abs(a - b) for a, b in zip(pictures[1].tobytes(), Image.open("alone.png").tobytes(), strict=True)]
     assert max(difference) <= 1
+
+
+def test_a_picture_too_small_for_a_watermark_is_found_before_the_work(
+    base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextToImagePipeline, "steps", None)  # nothing is sampled
+    assert main([*base, "--watermark"]) == 2
+    message = "sdxl-ref: error: a watermark needs a picture of 256x256 pixels or more, found 72x64\n"
+    assert capsys.readouterr().err == message
 
 
 BAD = {

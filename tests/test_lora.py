@@ -36,11 +36,11 @@ def unet_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
     return x, torch.tensor([3, 199]), context, noise(2, config.unet.adm_in_channels, seed=3)
 
 
-def with_peft(peer: nn.Module, targets: list[str], rank: int = 4, alpha: float = 2.0) -> Any:
+def with_peft(peer: nn.Module, targets: list[str], rank: int = 4, alpha: float = 2.0, **options: Any) -> Any:
     """The peer with a random adapter by the PEFT library in it."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False, **options)
     torch.manual_seed(0)
     return inject_adapter_in_model(config, peer)
 
@@ -141,6 +141,104 @@ def test_text_adapters_give_what_peft_gives_on_transformers(kind: str, form: str
     assert peers.distance(pooled, expected.text_embeds) <= 1e-5
     if kind == "base":
         assert peers.distance(parts["text_encoder"](tokens), expected_clip) <= 1e-5
+
+
+def test_each_part_has_its_own_alpha_in_what_diffusers_saves(tmp_path: Path) -> None:
+    """The configurations of PEFT stand in the file's metadata: patterns by layer, and the root of the rank."""
+    from diffusers import StableDiffusionXLPipeline
+    from peft import get_peft_model_state_dict
+
+    parts = networks(peers.SMALL_BASE)
+    built = {
+        "unet": with_peft(
+            peers.diffusers_unet(parts["unet"]),  # type: ignore[arg-type]
+            ["to_q", "to_k"],
+            alpha=2.0,
+            alpha_pattern={"attn1.to_q": 6.0, "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": 12.0},
+            rank_pattern={"attn1.to_q": 3},
+        ),
+        "text_encoder": with_peft(peers.transformers_clip(parts["text_encoder"]), ["q_proj"], 4, 8.0),  # type: ignore[arg-type]
+        "text_encoder_2": with_peft(
+            peers.transformers_openclip(parts["text_encoder_2"]),  # type: ignore[arg-type]
+            ["fc1"],
+            9,
+            5.0,
+            use_rslora=True,
+        ),
+    }
+    arguments: dict[str, Any] = {}
+    for part, peer in built.items():
+        arguments[f"{part}_lora_layers"] = get_peft_model_state_dict(peer)
+        arguments[f"{part}_lora_adapter_metadata"] = peer.peft_config["default"].to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, **arguments)
+    found = lora.read(tmp_path / "pytorch_lora_weights.safetensors")
+    alphas = {part: {f.alpha / f.rank for name, f in found.items() if name.startswith(f"{part}.")} for part in built}
+    assert alphas == {"unet": {2 / 4, 6 / 3, 12 / 4}, "text_encoder": {8 / 4}, "text_encoder_2": {5 / 3}}
+    assert found["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"].alpha == 12
+    Applied(parts).apply((lora.fit(found, peers.SMALL_BASE), 1.0))
+    inputs = unet_inputs(peers.SMALL_BASE)
+    expected = peers.call_diffusers_unet(built["unet"], *inputs)
+    assert peers.distance(parts["unet"](*inputs), expected) <= 1e-5
+    tokens = torch.full((1, 77), 49407)
+    states = {part: built[part](tokens, output_hidden_states=True).hidden_states[-2] for part in list(built)[1:]}
+    assert peers.distance(parts["text_encoder"](tokens), states["text_encoder"]) <= 1e-5
+    assert peers.distance(parts["text_encoder_2"](tokens)[0], states["text_encoder_2"]) <= 1e-5
+
+
+PLAIN = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
+TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        (f"{PLAIN}.lora_A.weight", "text_encoder.encoder.layers.1.self_attn.q_proj.lora_A.weight"),
+        (f"{PLAIN}.lora_A.weight", "lora_te1_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight"),
+        (f"{PLAIN}.lora_A.weight", f"{PLAIN}.lora_linear_layer.down.weight"),
+        (f"{PLAIN}.lora_A.weight", f"base_model.model.{PLAIN}.lora_A.default.weight"),
+        (f"{TO_Q}.lora_A.weight", f"{TO_Q.removesuffix('to_q')}processor.to_q_lora.down.weight"),
+    ],
+)
+def test_names_of_older_and_newer_tools(name: str, other: str, tmp_path: Path) -> None:
+    """CLIP-L without `text_model.` (transformers 5), `lora_linear_layer` and processors (diffusers before PEFT)."""
+    size = peers.SMALL_BASE.text_encoders[0].width if name.startswith(PLAIN) else 128
+    down, up = torch.randn(2, size), torch.randn(size, 2)
+    adapters = []
+    for each in (name, other):
+        second = each.replace("lora_A", "lora_B").replace("down", "up")
+        save_file({each: down, second: up}, tmp_path / "x.safetensors")
+        adapters.append(lora.fit(lora.read(tmp_path / "x.safetensors"), peers.SMALL_BASE))
+    (place, factors), (same, others) = (next(iter(each.layers.items())) for each in adapters)
+    assert place == same
+    assert torch.equal(factors.delta(), others.delta())
+    both = load_file(tmp_path / "x.safetensors") | {name: down, name.replace("_A", "_B"): up}
+    save_file(both, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match=f"two layers of the adapter act on {place.part}.{place.key}|holds .* twice"):
+        lora.fit(lora.read(tmp_path / "x.safetensors"), peers.SMALL_BASE)
+
+
+@pytest.mark.parametrize("form", ["peft", "official"])
+def test_alpha_goes_into_a_factor_unrounded(form: str, tmp_path: Path) -> None:
+    """A third is no number of float16: the factor that takes it in is float32."""
+    name = f"lora_te1_{PLAIN.removeprefix('text_encoder.').replace('.', '_')}"
+    down, up = torch.randn(3, 32).half(), torch.randn(32, 3).half()
+    state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file(state, tmp_path / "x.safetensors")
+    convert_adapter(tmp_path / "x.safetensors", peers.SMALL_BASE, tmp_path / "y.safetensors", form)
+    [place] = lora.fit(lora.read(tmp_path / "x.safetensors"), peers.SMALL_BASE).layers
+    [factors] = lora.fit(lora.read(tmp_path / "y.safetensors"), peers.SMALL_BASE).layers.values()
+    assert place.part == "text_encoder"
+    assert peers.distance(factors.delta(), up.double() @ down.double() / 3) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_in_float8(dtype: torch.dtype, tmp_path: Path) -> None:
+    down, up = torch.randn(2, 32).to(dtype), torch.randn(32, 2).to(dtype)
+    save_file({f"{PLAIN}.lora_A.weight": down, f"{PLAIN}.lora_B.weight": up}, tmp_path / "x.safetensors")
+    convert_adapter(tmp_path / "x.safetensors", peers.SMALL_BASE, tmp_path / "y.safetensors", "kohya")
+    [factors] = lora.fit(lora.read(tmp_path / "y.safetensors"), peers.SMALL_BASE).layers.values()
+    assert factors.down.dtype == dtype
+    assert peers.distance(factors.delta(), up.double() @ down.double()) <= 1e-6
 
 
 @pytest.fixture(params=CONFIGS)
@@ -252,6 +350,44 @@ def test_extraction_at_full_rank_rebuilds_the_difference(kind: str, tmp_path: Pa
     assert float(str(low).split("; ")[1].split(" ")[0]) < 1e-3  # the change has rank 3
 
 
+def test_extraction_says_what_it_does_not_carry(small_refiner_file: Path, tmp_path: Path) -> None:
+    """Biases, norms, embeddings and the VAE; the second file has no metadata, its shapes tell that it is a version."""
+    state, second = load_file(small_refiner_file), tmp_path / "second.safetensors"
+    carried = "model.diffusion_model.out.2.weight"
+    others = [
+        "conditioner.embedders.0.model.ln_final.weight",
+        "conditioner.embedders.0.model.positional_embedding",
+        "conditioner.embedders.0.model.token_embedding.weight",
+        "first_stage_model.decoder.conv_out.weight",
+        "model.diffusion_model.out.2.bias",
+    ]
+    changed = {key: state[key] + 0.125 for key in (carried, *others)}
+    save_file(state | changed | {"denoiser.sigmas": torch.ones(1000)}, second)
+    told = str(extract(small_refiner_file, second, tmp_path / "out.safetensors", 4))
+    assert "1 layers of rank at most 4" in told
+    assert f"5 other tensors differ, which no adapter carries: {', '.join(others[:3])}, …" in told
+    assert {key.split(".")[0] for key in load_file(tmp_path / "out.safetensors")} == {"lora_unet_out_2"}
+    save_file(state | changed | {carried: state[carried]}, second)
+    with pytest.raises(InputError, match="there is nothing to extract; 5 other tensors differ"):
+        extract(small_refiner_file, second, tmp_path / "none.safetensors", 4)
+    save_file(state | {carried: changed[carried]}, second)
+    told = str(extract(small_refiner_file, second, tmp_path / "again.safetensors", 4))
+    assert told.endswith("0 other tensors differ, which no adapter carries")
+
+
+def test_extraction_of_two_models(small_base_file: Path, small_refiner_file: Path, tmp_path: Path) -> None:
+    message = r"no two versions of one model: in the second \d+ missing: .*; \d+ unexpected: "
+    with pytest.raises(InputError, match=message):
+        extract(small_base_file, small_refiner_file, tmp_path / "out.safetensors", 4)
+
+
+def test_a_merge_that_overflows_is_refused(small_refiner_file: Path, tmp_path: Path) -> None:
+    file = random_file(peers.SMALL_REFINER, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match=r"would hold values that are not finite in torch.float16: use a lower scale"):
+        merge(small_refiner_file, [(file, 1e7)], tmp_path / "merged.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
 def test_refusals(tmp_path: Path) -> None:
     config = peers.SMALL_REFINER
     path = tmp_path / "x.safetensors"
@@ -267,6 +403,8 @@ def test_refusals(tmp_path: Path) -> None:
     refused({f"{good}.lora_A.weight": down}, "has no up factor: the file is not whole")
     refused({f"{good}.lora_A.weight": down, f"{good}.lora_B.weight": up[:, :3].contiguous()}, "no common rank")
     refused({f"{good}.lora_A.weight": down[:0], f"{good}.lora_B.weight": up[:, :0].contiguous()}, "no common rank")
+    whole = {f"{good}.lora_A.weight": down.to(torch.int8), f"{good}.lora_B.weight": up}
+    refused(whole, "has factors of torch.int8, expected floating point numbers")
     refused({f"{good}.lora_A.weight": down * torch.nan, f"{good}.lora_B.weight": up}, "not finite")
     refused({"unet.other.lora_A.weight": down, "unet.other.lora_B.weight": up}, "fits nothing of this SDXL refiner")
     refused(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -27,12 +26,6 @@ COUNTS = (2, 3, 4, 5, 7, 8, 10, 12, 15, 20, 25, 28, 30, 40, 48, 50, 64, 96, 100,
 def euler(spacing: str, **options: Any) -> Any:
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     return EulerDiscreteScheduler(**betas, steps_offset=1, timestep_spacing=spacing, **options)
-
-
-def quiet_grid(*args: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return SCHEDULE.grid(*args)
 
 
 def test_sigmas_are_the_formula() -> None:
@@ -65,7 +58,7 @@ def test_known_levels() -> None:
 def test_grids_are_those_of_diffusers(spacing: str, karras: bool, steps: int) -> None:
     peer = euler(spacing, use_karras_sigmas=karras)
     peer.set_timesteps(steps)
-    grid = quiet_grid(steps, spacing, karras)
+    grid = SCHEDULE.grid(steps, spacing, karras)
     assert grid.sigmas.shape == peer.sigmas.shape == (steps + 1,)
     torch.testing.assert_close(grid.sigmas, peer.sigmas, rtol=TABLE, atol=0)
     timesteps = torch.tensor(grid.timesteps)
@@ -84,7 +77,7 @@ def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing: str
         peer.set_timesteps(steps)
         if len(peer.timesteps) == steps:
             compared += 1
-            if not torch.equal(torch.tensor(quiet_grid(steps, spacing).timesteps), peer.timesteps):
+            if not torch.equal(torch.tensor(SCHEDULE.grid(steps, spacing).timesteps), peer.timesteps):
                 differing.append(steps)
     assert differing == []
     assert compared >= 900
@@ -130,7 +123,7 @@ def test_known_ends(spacing: str, steps: int, first: int, last: int) -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_grid_descends_to_zero_within_the_table(spacing: str, karras: bool) -> None:
     for steps in range(1, 1000, 1 if not karras else 37):
-        grid = quiet_grid(steps, spacing, karras)
+        grid = SCHEDULE.grid(steps, spacing, karras)
         sigmas = grid.sigmas
         assert sigmas.dtype == torch.float32
         assert len(grid.timesteps) == steps == len(sigmas) - 1
@@ -150,10 +143,10 @@ def test_discretize_gives_the_levels_of_the_grid(spacing: str, karras: bool) -> 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_karras_sigmas_are_the_papers(spacing: str, steps: int) -> None:
     """Karras et al. 2022, equation 5 with rho 7, between the ends of the spacing."""
-    plain = quiet_grid(steps, spacing).sigmas.tolist()[:-1]
+    plain = SCHEDULE.grid(steps, spacing).sigmas.tolist()[:-1]
     high, low = plain[0] ** (1 / 7), plain[-1] ** (1 / 7)
     expected = [(high + i / max(1, steps - 1) * (low - high)) ** 7 for i in range(steps)]
-    assert quiet_grid(steps, spacing, True).sigmas.tolist() == pytest.approx([*expected, 0.0], rel=5e-7)
+    assert SCHEDULE.grid(steps, spacing, True).sigmas.tolist() == pytest.approx([*expected, 0.0], rel=5e-7)
 
 
 @pytest.mark.parametrize("steps", [7, 20, 999])
@@ -309,21 +302,3 @@ def test_an_unknown_spacing(spacing: Any) -> None:
 def test_leading_with_1000_steps_is_refused() -> None:
     with pytest.raises(InputError, match='"leading" with 1000 steps leaves the 1000 training steps: use "trailing"'):
         SCHEDULE.discretize(1000)
-
-
-@pytest.mark.parametrize(
-    ("spacing", "steps", "start"), [("leading", 1, 1), ("leading", 2, 501), ("leading", 600, 600), ("linspace", 1, 0)]
-)
-def test_grids_that_start_far_below_pure_noise_warn(spacing: str, steps: int, start: int) -> None:
-    with pytest.warns(UserWarning, match=f'"{spacing}" with {steps} steps starts at t = {start}, far below') as record:
-        grid = SCHEDULE.grid(steps, spacing)
-    assert len(record) == 1
-    assert grid.timesteps[0] == start
-
-
-@pytest.mark.parametrize("steps", [*COUNTS[1:], 999])
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_common_grids_do_not_warn(spacing: str, steps: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SCHEDULE.grid(steps, spacing)

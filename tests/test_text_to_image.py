@@ -1,5 +1,6 @@
 """What text-to-image and the ensemble promise beyond parity: batches, hand-offs, memory, errors."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sdxl_ref.config import InputError
 from sdxl_ref.ecosystem import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.on_demand import Slot
 from sdxl_ref.pipelines.ensemble import EnsembleRequest
+from sdxl_ref.pipelines.text_to_image import TextToImageRequest
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 10, "output_type": "latent"}
 SAMPLERS = ["euler", "ddim", "euler_ancestral", "ddpm", "heun", "dpmpp_2m", "dpmpp_2s_ancestral", "lms"]
@@ -55,6 +57,31 @@ def test_image_i_of_a_batch_of_4_is_the_image_made_alone(
     for i in range(4):
         alone = ensemble(prompts[i], generator=seeds(5 + i), **options).images
         assert (batch[i] - alone[0]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "start"), [("leading", 1, 1), ("leading", 2, 501), ("leading", 600, 600), ("linspace", 1, 0)]
+)
+def test_runs_that_start_far_below_pure_noise_warn(
+    base: TextToImagePipeline, refiner: ImageToImagePipeline, spacing: str, steps: int, start: int
+) -> None:
+    """Before the first step; image-to-image starts below it anyway."""
+    options = {"prompt": "", "height": 8, "width": 8, "spacing": spacing, "num_inference_steps": steps}
+    with pytest.warns(UserWarning, match=f'"{spacing}" with {steps} steps starts at t = {start}, far below') as record:
+        next(base.steps(TextToImageRequest(**options)))
+    assert len(record) == 1
+    if steps > 1:
+        with pytest.warns(UserWarning, match=f"starts at t = {start}, far below"):
+            next(EnsemblePipeline(base, refiner).steps(EnsembleRequest(**options, switch_step=1)))
+
+
+@pytest.mark.parametrize("steps", [3, 20, 50, 999])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "sgm"])
+def test_common_schedules_do_not_warn(base: TextToImagePipeline, spacing: str, steps: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        request = TextToImageRequest(prompt="", height=8, width=8, spacing=spacing, num_inference_steps=steps)
+        next(base.steps(request))
 
 
 @pytest.mark.parametrize("karras", [False, True])

@@ -10,11 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_ref import lora, lora_forms
-from sdxl_ref.checkpoint import open_checkpoint, prefixes
+from sdxl_ref.checkpoint import EXTRAS, Checkpoint, open_checkpoint, prefixes
 from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.identify import differences
 from sdxl_ref.layouts import Place
 from sdxl_ref.lora import Adapter, Factors
 from weights_convert.convert import Report, dtypes_of, entry, model_spec, save
+from weights_convert.reports import difference
 from weights_convert.stream import Entry
 
 
@@ -54,13 +56,17 @@ def extract(first: Path, second: Path, target: Path, rank: int, form: str = "koh
     if rank < 1:
         raise InputError(f"the rank must be at least 1, found {rank}")
     a, b = open_checkpoint(first), open_checkpoint(second)
-    if a.config != b.config:
-        raise InputError(f"{first} and {second} are no two versions of one model: their sizes differ")
+    if problems := differences(weights(a), weights(b)):  # not of their metadata, which may be absent
+        raise InputError(f"{first} and {second} are no two versions of one model: in the second {problems}")
+    dtypes_of(a), dtypes_of(b)  # InputError for what cannot be read
+    matrices = lora_forms.matrices(a.config)
     layers: dict[Place, Factors] = {}
     rest = 0.0
     whole = 0.0
     with a.reader() as read_a, b.reader() as read_b:
-        for place, key in tqdm(lora_forms.matrices(a.config).items(), unit="layer", disable=None):
+        others = sorted(weights(a).keys() - matrices.values())
+        left = [key for key in others if difference(key, read_a(key).float(), read_b(key).float())]
+        for place, key in tqdm(matrices.items(), unit="layer", disable=None):
             change = place.block(read_b(key).float()) - place.block(read_a(key).float())
             if not torch.isfinite(change).all():
                 raise InputError(f"{key} holds values that are not finite (NaN or infinite)")
@@ -68,11 +74,20 @@ def extract(first: Path, second: Path, target: Path, rank: int, form: str = "koh
                 layers[place] = factors = svd(change, rank)
                 whole += float(change.square().sum())
                 rest += float((change - factors.delta().reshape(change.shape)).square().sum())
+    names = f": {', '.join(left[:3])}{', …' * (len(left) > 3)}" if left else ""
+    beyond = f"{len(left)} other tensors differ, which no adapter carries{names}"
     if not layers:
-        raise InputError(f"{first} and {second} have the same matrices: there is nothing to extract")
+        raise InputError(f"{first} and {second} have the same matrices: there is nothing to extract; {beyond}")
     write_adapter(target, Adapter(layers), a.config, form, force)
-    left = math.sqrt(rest / whole)
-    return Report([f"{target}: {len(layers)} layers of rank at most {rank}; {left:.2e} of the change is left over"])
+    over = math.sqrt(rest / whole)
+    told = f"{target}: {len(layers)} layers of rank at most {rank}; {over:.2e} of the change is left over"
+    return Report([told, beyond])
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what networks read and every file has."""
+    found = checkpoint.shapes.items()
+    return {key: shape for key, shape in found if not EXTRAS.fullmatch(key) and not key.endswith("logit_scale")}
 
 
 def svd(change: Tensor, rank: int) -> Factors:

@@ -90,12 +90,17 @@ def form(p: argparse.ArgumentParser) -> None:
     p.add_argument("--force", action="store_true", help="replace what is at the target")
 
 
+def as_json(found: object) -> str:
+    """With null for what JSON has no number for: NaN and infinity."""
+    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1)
+
+
 def inspect(a: argparse.Namespace) -> int:
     from weights_convert.reports import inspect as report
 
     found = report(a.path, a.variant)
     if a.json:
-        print(json.dumps(found, indent=1))
+        print(as_json(found))
         return 0
     print(f"{found['path']}: {found['model']}")
     if found["note"]:
@@ -114,7 +119,7 @@ def convert(a: argparse.Namespace) -> int:
     from weights_convert.convert import convert as run
 
     report = run(a.source, a.target, a.to, force=a.force, variant=a.variant, vae=a.vae, openclip=a.openclip)
-    print(json.dumps(report.lines) if a.json else report)
+    print(as_json(report.lines) if a.json else report)
     return 0
 
 
@@ -123,7 +128,7 @@ def verify(a: argparse.Namespace) -> int:
 
     found = checks(a.path, a.variant)
     if a.json:
-        print(json.dumps([vars(each) for each in found], indent=1))
+        print(as_json([vars(each) for each in found]))
     else:
         table([("check", "holds", "found"), *((v.check, "yes" if v.holds else "NO", v.found) for v in found)])
     return 0 if all(each.holds for each in found) else 1
@@ -135,7 +140,7 @@ def diff(a: argparse.Namespace) -> int:
     found = compare(a.first, a.second, a.variant)
     lists = ("only in the first", "only in the second", "of another shape", "of another dtype")
     if a.json:
-        print(json.dumps(found, indent=1))
+        print(as_json(found))
     else:
         print(f"{found['equal']} tensors are equal, {len(found['different'])} differ")
         for name in lists:

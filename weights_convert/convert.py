@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +20,17 @@ from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
 from sdxl_ref.folder import EXTRAS_FILE, Folder, part_rules
 from weights_convert import folder_files
 from weights_convert.parts import Tensors, openclip_tensors, vae_tensors
-from weights_convert.stream import DTYPES, HASH_KEY, Entry, beside, check_target, clear, put_in_place, total, write_file
+from weights_convert.stream import (
+    HASH_KEY,
+    Entry,
+    beside,
+    check_target,
+    clear,
+    dtypes_in,
+    put_in_place,
+    total,
+    write_file,
+)
 
 LN_100 = math.log(100.0)
 Read = Callable[[str], Tensor]
@@ -55,7 +65,7 @@ def convert(
     if to not in ("official", "diffusers"):
         raise InputError(f"expected the layout official or diffusers, found {to!r}")
     checkpoint = open_checkpoint(source, variant)
-    inner, outer = source.resolve(), target.resolve()
+    inner, outer = Path(os.path.realpath(source)), Path(os.path.realpath(target))
     if to == "diffusers" and inner != outer and (outer in inner.parents or inner in outer.parents):
         raise InputError(f"{target} and {source} lie one inside the other: name another target")
     report = Report([f"{source}: {checkpoint.name}"])
@@ -66,7 +76,11 @@ def convert(
             found = tensors(path, checkpoint.config)
             replaced |= {prefixes(checkpoint.config)[part] + key: tensor for key, tensor in found.items()}
             report.lines.append(f"{part}: {len(found)} tensors of {path}")
+            if part == "text_encoder_2" and "logit_scale" not in found:
+                report.lines.append(f"logit_scale: not in {path}, the source's stays if it has one")
     with reading(checkpoint, replaced) as (read, dtypes):
+        shapes = dict.fromkeys(replaced, ()) | dict(checkpoint.shapes)  # what may be new there is logit_scale, a number
+        checkpoint = replace(checkpoint, shapes=shapes)
         if to == "official":
             to_file(checkpoint, read, dtypes, target, force, report)
         else:
@@ -83,14 +97,11 @@ def reading(checkpoint: Checkpoint, replaced: dict[str, Tensors]) -> Iterator[tu
 
 
 def dtypes_of(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
-    """The dtype of every tensor, from the headers alone."""
+    """The dtype of every tensor, from the headers alone. InputError for one that no weights have."""
     places = {key: (checkpoint.path, key) for key in checkpoint.shapes}
     if isinstance(checkpoint, Folder):
         places = {key: found[0] for key, (_, found) in checkpoint.sources.items()}
-    files: dict[Path, dict[str, torch.dtype]] = {}
-    for path in {path for path, _ in places.values()}:
-        with safe_open(path, framework="pt") as file:
-            files[path] = {name: DTYPES[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118
+    files = {path: dtypes_in(path) for path in {path for path, _ in places.values()}}
     return {key: files[path][name] for key, (path, name) in places.items()}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl_ref.folder import CLASSES as NETWORKS
 
 Json = dict[str, Any]
 DIFFUSERS = "0.19.0"  # the version whose fields these are
@@ -22,11 +23,7 @@ WEIGHTS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-CLASSES = {
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+CLASSES = NETWORKS | {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],

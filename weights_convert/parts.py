@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sdxl_ref import layouts
 from sdxl_ref.checkpoint import PICKLES, build_empty
-from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.config import REFINER_1_0, InputError, ModelConfig
 
 Tensors = Callable[[], Tensor]
 
@@ -34,13 +35,24 @@ def vae_tensors(path: Path, config: ModelConfig) -> dict[str, Tensors]:
 def openclip_tensors(path: Path, config: ModelConfig) -> dict[str, Tensors]:
     """The text tower of open_clip's own file (`open_clip_model.safetensors`), whose names are the official ones.
 
-    Newer files of open_clip put `text.` before them; the picture tower (`visual.`) is left alone.
+    Newer files of open_clip put `text.` before them; the picture tower (`visual.`) is left alone. `logit_scale`, which
+    belongs to both towers, is read where it is there.
     """
     file, state = weights_file(path), build_empty("text_encoder_2", config).state_dict()
     names = names_in(file)
     prefix = "text." if "text.token_embedding.weight" in names else ""
     where = {key: ([key if key == "logit_scale" else prefix + key], None) for key in state}
+    if "logit_scale" not in names:
+        del where["logit_scale"]
     return checked(file, state, where, names)
+
+
+def is_vae(file: Path) -> bool:
+    """Whether a file holds an autoencoder of SDXL's, in official or diffusers' names, and no other part."""
+    state, names = build_empty("vae", REFINER_1_0).state_dict(), names_in(file)
+    official = set(state) <= {name.removeprefix("first_stage_model.") for name in names}
+    other = {name for rule in layouts.rules("vae", state, REFINER_1_0.vae) for name in rule.other} <= names
+    return (official or other) and not any(name.startswith(("model.", "conditioner.")) for name in names)
 
 
 def checked(
@@ -76,11 +88,11 @@ def one(file: Path, sources: list[str], rule: layouts.Rule | None) -> Tensor:
 def weights_file(path: Path) -> Path:
     if path.suffix.lower() in PICKLES:
         raise InputError(f"{path} is a pickle, which can run any code when opened: expected a safetensors file")
-    if path.is_dir():
+    if os.path.isdir(path):
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise InputError(f"expected one .safetensors file in {path}, found {len(found)}: name the file")
         return found[0]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     return path

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdxl_ref.config import InputError
@@ -55,10 +56,25 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def dtypes_in(path: Path) -> dict[str, torch.dtype]:
+    """The dtype of every tensor in a file, from its header. InputError for one that no weights have."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"expected a whole safetensors file, could not read {path}: {error}") from error
+    for name, dtype in found.items():
+        if dtype not in DTYPES:
+            raise InputError(f"{path}: {name} has the dtype {dtype}, expected one of {', '.join(DTYPES)}")
+    return {name: DTYPES[dtype] for name, dtype in found.items()}
+
+
 def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     fields: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for entry in entries:
+        if entry.dtype not in NAMES:
+            raise InputError(f"{entry.name} has the dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
         begin, end = end, end + entry.bytes
         fields[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
@@ -71,10 +87,10 @@ def write_file(
 ) -> str:
     """Write a file at its final name, with nothing beside: see `write_beside`. Returns the sha256 of the tensors.
 
-    Where the metadata has HASH_KEY, its value is put in once all tensors have been written.
+    Where the metadata has HASH_KEY, its value is put in once all tensors have been written: the same header again.
     """
-    metadata = dict(metadata) | ({HASH_KEY: EMPTY_HASH} if HASH_KEY in metadata else {})
-    start, digest = header(entries, metadata), hashlib.sha256()
+    hashed, digest = HASH_KEY in metadata, hashlib.sha256()
+    start = header(entries, {**metadata, HASH_KEY: EMPTY_HASH} if hashed else metadata)
     with path.open("wb") as file:
         file.write(start)
         for entry in entries:
@@ -85,10 +101,9 @@ def write_file(
             digest.update(data)
             file.write(data)
             progress(len(data))
-        if HASH_KEY in metadata:
-            place = start.index(EMPTY_HASH.encode())
-            file.seek(place)
-            file.write(f"0x{digest.hexdigest()}".encode())
+        if hashed:
+            file.seek(0)
+            file.write(header(entries, {**metadata, HASH_KEY: f"0x{digest.hexdigest()}"}))
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
@@ -96,12 +111,17 @@ def write_file(
 
 def beside(target: Path) -> Path:
     """Where this process writes a target before it has its name: two processes do not write into one file."""
-    return target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
+    return target.with_name(f".{short(target)}.{os.getpid()}.part")
+
+
+def short(target: Path) -> str:
+    """So much of a target's name that there is room for more: 255 bytes are the most that a name may have."""
+    return os.fsdecode(os.fsencode(target.name)[:200])
 
 
 def clear_what_was_left(target: Path) -> None:
     """Delete what processes that are no more have left beside a target, so that nothing piles up."""
-    for path in target.parent.glob(f".{glob.escape(target.name[:100])}.*.part"):
+    for path in target.parent.glob(f".{glob.escape(short(target))}.*.part"):
         process = path.name.split(".")[-2]
         if process.isdigit() and not running(int(process)):
             clear(path)
@@ -126,6 +146,14 @@ def clear(path: Path) -> None:
 
 def check_target(target: Path, size: int, force: bool) -> None:
     """InputError unless `size` bytes can be written there, and nothing is there yet (or `force` is given)."""
+    if target.name in ("", ".."):
+        raise InputError(f"expected a target with a name of its own, found {target}: name the file or folder")
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from error
     if target.exists() and not force:
         raise InputError(f"{target} is there already: name another target, or give --force to replace it")
     if target.is_symlink() or (target.exists() and not (target.is_file() or target.is_dir())):
@@ -147,7 +175,7 @@ def put_in_place(target: Path) -> None:
     if not target.is_dir():
         new.replace(target)
         return
-    old = target.with_name(f".{target.name[:200]}.old")
+    old = target.with_name(f".{short(target)}.old")
     clear(old)
     if not _exchange(new, target):
         target.rename(old)

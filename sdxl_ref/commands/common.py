@@ -32,9 +32,9 @@ def sampling(p: argparse.ArgumentParser) -> None:
 
 
 def seed(text: str) -> int:
-    """A number that a generator takes; argparse tells of the ValueError."""
+    """A number that a generator takes."""
     if not -(2**63) <= int(text) < 2**64:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^64 - 1, found {text}")
     return int(text)
 
 
@@ -58,7 +58,8 @@ def writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
         if places[i] in places[:i] + places[i + 1 :]:
             raise InputError(f"cannot write {path}: another file is read or written there: name another one")
         fits = len(os.fsencode(path.name)) <= 255 and (os.path.isfile(path) or not os.path.lexists(path))
-        if not (fits and os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
+        folder = os.path.dirname(places[i])  # of what a link points to
+        if not (fits and os.path.isdir(folder) and os.access(folder, os.W_OK)):
             raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
 
 

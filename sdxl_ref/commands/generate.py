@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdxl_ref.checkpoint import sha256_of
 from sdxl_ref.commands.common import identity, pick_device, sampling, writable
 from sdxl_ref.config import InputError
 from sdxl_ref.images import from_tensor, save_png
+from sdxl_ref.lora import path_and_scale, put_on
 from sdxl_ref.on_demand import Slot
 from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
 from sdxl_ref.saving import save_latents
 from sdxl_ref.sheets import contact_sheet
+from sdxl_ref.watermark import check as check_watermark
 from sdxl_ref.watermark import embed
 
 SHARED = ["prompt", "negative_prompt", "guidance_scale", "guidance_rescale", "sampler", "spacing", "karras"]
@@ -95,6 +98,8 @@ def run(a: argparse.Namespace) -> None:
         print(f"plan: {name}{plan}", flush=True)
 
     base, refiner = pipelines(a)
+    if a.watermark:
+        check_watermark(a.width or base.config.resolution, a.height or base.config.resolution)
     with torch.no_grad():
         pipe: Any = EnsemblePipeline(base, refiner) if ensemble and refiner is not None else base
         latents = drain(pipe, request, plans[0])
@@ -104,12 +109,12 @@ def run(a: argparse.Namespace) -> None:
     if a.watermark:
         pictures = [embed(picture) for picture in pictures]
     settings = record(a, base, refiner, plans) | {"size": "{}x{}".format(*pictures[0].size)}
-    if a.save_latents:
-        save_latents(a.save_latents, latents, 0.0)
     for seed, path, picture in zip(seeds, outs, pictures, strict=True):
         save_png(picture, path, settings | {"seed": seed})
     if a.num_images > 1:
         save_png(contact_sheet(pictures), out, settings | {"seed": a.seed, "images": a.num_images})
+    if a.save_latents:
+        save_latents(a.save_latents.resolve(), latents, 0.0)
     print(f"wrote {', '.join(str(path) for path in dict.fromkeys([*outs, out]))}")
 
 
@@ -129,8 +134,6 @@ def pipelines(a: argparse.Namespace) -> tuple[TextToImagePipeline, ImageToImageP
         if pipe.checkpoint.note:
             print(f"note: {pipe.checkpoint.note}")
     if a.lora:
-        from sdxl_ref.lora import put_on
-
         print("\n".join(put_on([pipe for pipe in (base, refiner) if pipe is not None], a.lora)))
     return base, refiner
 
@@ -144,6 +147,7 @@ def record(
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
     settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
     settings |= identity(base.checkpoint)
+    settings["lora_sha256"] = [sha256_of(path_and_scale(each)[0]) for each in a.lora]
     zeros = a.negative_prompt is None and a.negative_prompt_2 is None
     sides = [f"base {'zeros' if zeros else 'negative prompt encoded'}"]
     if refiner is not None and refiner.checkpoint is not None:

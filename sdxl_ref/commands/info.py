@@ -25,7 +25,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     for line in list(report(resolve(a.checkpoint), a.check)):
-        print(line)
+        print("".join(c if c.isprintable() else "?" for c in line))  # a file may name its tensors as it likes
 
 
 def report(path: Path, check: bool) -> Iterator[str]:
@@ -46,7 +46,7 @@ def report(path: Path, check: bool) -> Iterator[str]:
     yield f"extras: {', '.join(extras) or 'none'}"
     for key, value in checkpoint.metadata.items():
         if key != CONFIG_KEY:
-            yield f"{key}: {''.join(c if c.isprintable() else '?' for c in value[:100])}"
+            yield f"{key}: {value[:100]}"
     digest = ""
     if check:
         digest = scan(checkpoint)

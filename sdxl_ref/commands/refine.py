@@ -1,11 +1,13 @@
 """`sdxl-ref refine`: a photo and a prompt in, a refined picture out."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from sdxl_ref.checkpoint import sha256_of
 from sdxl_ref.commands.common import identity, pick_device, sampling, writable
 from sdxl_ref.images import fit, from_tensor, load_image, save_png
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
@@ -35,6 +37,10 @@ def run(a: argparse.Namespace) -> None:
     settings = {name: getattr(a, name) for name in SHARED} | {"num_inference_steps": a.steps}
     request = ImageToImageRequest(image=picture, generator=[torch.Generator().manual_seed(a.seed)], **settings)
     plan = ImageToImagePipeline.plan(request)  # before the weights are read
+    if a.watermark:
+        from sdxl_ref import watermark
+
+        watermark.check(*picture.size)
 
     pipe = ImageToImagePipeline.from_single_file(a.checkpoint, dtype=getattr(torch, a.dtype), device=device)
     assert pipe.checkpoint is not None
@@ -42,26 +48,25 @@ def run(a: argparse.Namespace) -> None:
     if pipe.checkpoint.note:
         print(f"note: {pipe.checkpoint.note}")
     if a.lora:
-        from sdxl_ref.lora import put_on
+        from sdxl_ref.lora import path_and_scale, put_on
 
         print("\n".join(put_on([pipe], a.lora)))
+        settings["lora_sha256"] = [sha256_of(path_and_scale(each)[0]) for each in a.lora]
     print(f"picture: {loaded.width}x{loaded.height}, used at {picture.width}x{picture.height}")
     print(f"plan: {plan}", flush=True)
     with torch.no_grad():
         for step in tqdm(pipe.steps(request), total=len(plan.grid.timesteps), unit="step", disable=None):
             latents, sigma = step.x, float(step.sigma)
         [result] = from_tensor(pipe.decode(latents))
-    if a.watermark:
-        from sdxl_ref.watermark import embed
-
-        result = embed(result)
+    result = watermark.embed(result) if a.watermark else result
     settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "lora", "watermark")}
     settings |= {"image": Path(a.image).name, "size": f"{picture.width}x{picture.height}", "device": str(device)}
+    settings["image_sha256"] = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **identity(pipe.checkpoint)}
     settings["unconditional"] = "negative prompt, encoded even where empty" if a.guidance_scale > 1 else "none"
+    save_png(result, out, settings)
     if a.save_latents:
         from sdxl_ref.saving import save_latents
 
-        save_latents(a.save_latents, latents, sigma)
-    save_png(result, out, settings)
+        save_latents(a.save_latents.resolve(), latents, sigma)
     print(f"wrote {out}")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,10 +74,7 @@ def add_noise(x: Tensor, up: Tensor, generator: Generator | None) -> Tensor:
 
 
 def _higher_order(name: str) -> Callable[..., Iterator[Step]]:
-    def sampler(*arguments: Any, **options: Any) -> Iterator[Step]:
-        return getattr(import_module("sdxl_ref.diffusion.higher_order"), name)(*arguments, **options)
-
-    return sampler
+    return lambda *args, **options: getattr(import_module("sdxl_ref.diffusion.higher_order"), name)(*args, **options)
 
 
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {

@@ -6,7 +6,6 @@ Everything is in sigma space: x = x0 + sigma * noise, with sigma = sqrt((1 - aba
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -37,9 +36,8 @@ class Grid:
         exact = dict(zip(self.sigmas.tolist(), self.timesteps, strict=False))
         return exact[sigma] if sigma in exact else self.inverse(sigma)
 
-    def cut(self, start: int, stop: int | None = None) -> "Grid":
+    def cut(self, start: int, stop: int) -> "Grid":
         """The steps from number `start` up to, not including, number `stop`."""
-        stop = len(self.timesteps) if stop is None else stop
         return Grid(self.sigmas[start : stop + 1], self.timesteps[start:stop], self.inverse)
 
     def steps_above(self, sigma: float) -> int:
@@ -61,14 +59,13 @@ class NoiseSchedule:
 
         "leading" (with SDXL's `steps_offset` 1), "trailing" and "linspace" are diffusers' (Lin et al. 2023,
         arXiv:2305.08891, table 2), "sgm" is the official code's. InputError for an unknown spacing, steps outside
-        1..1000, or a level visited twice; a warning where a grid starts far below pure noise.
+        1..1000, or a level visited twice.
         """
         if not (isinstance(steps, int) and 1 <= steps <= TRAIN_STEPS):
             raise InputError(f"the number of steps must be a whole number from 1 to {TRAIN_STEPS}, found {steps!r}")
-        i = np.arange(steps)
         t: NDArray[Any]
         if spacing == "leading":
-            t = i[::-1] * (TRAIN_STEPS // steps) + 1.0
+            t = np.arange(steps)[::-1] * (TRAIN_STEPS // steps) + 1.0
         elif spacing == "trailing":
             t = np.arange(TRAIN_STEPS, 0, -TRAIN_STEPS / steps)[:steps].round() - 1.0  # as diffusers rounds halves
         elif spacing == "linspace":
@@ -80,8 +77,6 @@ class NoiseSchedule:
             raise InputError(f"unknown spacing {spacing!r}: expected one of {', '.join(SPACINGS)}")
         if t[0] > TRAIN_STEPS - 1:
             raise InputError(f'"leading" with {steps} steps leaves the {TRAIN_STEPS} training steps: use "trailing"')
-        if t[0] < 0.65 * TRAIN_STEPS:
-            warnings.warn(f'"{spacing}" with {steps} steps starts at t = {t[0]:g}, far below pure noise', stacklevel=3)
         return t
 
     def grid(self, steps: int, spacing: str = "leading", karras: bool = False) -> Grid:

@@ -43,16 +43,24 @@ def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, which also takes groups of a single value (32 channels of a 1x1 map): their normalised value is 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=eps)
+    return GroupNorm(32, channels, eps=eps)
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to an exact size (odd sizes do not simply double), then a 3x3 convolution."""
+    """Nearest neighbour to twice the size, or to the given one (what was odd), then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = conv3x3(channels, channels)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (b,c,h,w) -> (b,c,*size)

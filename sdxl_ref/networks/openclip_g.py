@@ -49,18 +49,6 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(config) for _ in range(config.layers))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what goes into the last block and what comes out of it, both (b,n,d)."""
-        for block in self.resblocks[:-1]:
-            x = block(x)
-        return x, self.resblocks[-1](x)
-
-
 class OpenCLIPTextEncoder(nn.Module):
     """tokens (b,77) int64, padded with 0 -> (penultimate hidden (b,77,width), pooled (b,embed_dim)).
 
@@ -76,13 +64,16 @@ class OpenCLIPTextEncoder(nn.Module):
         projection = torch.empty(config.width, config.embed_dim)
         self.text_projection = nn.Parameter(nn.init.normal_(projection, std=config.width**-0.5))
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
-        self.transformer = Transformer(config)
+        blocks = nn.Sequential(*(ResidualAttentionBlock(config) for _ in range(config.layers)))
+        self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.ln_final = nn.LayerNorm(config.width)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = self.token_embedding(tokens) + self.positional_embedding  # (b,n,d)
-        penultimate, last = self.transformer(x)
+        *blocks, last = self.transformer.get_submodule("resblocks").children()
+        for block in blocks:
+            x = block(x)
         end = tokens.argmax(dim=-1)  # (b,), the first end-of-text token
-        at_end = self.ln_final(last)[torch.arange(len(tokens), device=tokens.device), end]  # (b,d)
-        return penultimate, at_end @ self.text_projection
+        at_end = self.ln_final(last(x))[torch.arange(len(tokens), device=tokens.device), end]  # (b,d)
+        return x, at_end @ self.text_projection

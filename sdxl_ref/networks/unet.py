@@ -6,6 +6,8 @@ sgm/modules/attention.py of the official code; Podell et al. 2023, "SDXL" (arXiv
 Shapes: b batch, c channels, h w latent height and width, n = h*w tokens, d width of the context.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -67,22 +69,14 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # [1]: dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; each behind a LayerNorm and added to x."""
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.attn1 = CrossAttention(width, width, heads)
-        self.ff = FeedForward(width)
+        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # [1]: dropout
+        self.ff = nn.Sequential(OrderedDict(net=net))
         self.attn2 = CrossAttention(width, context_dim, heads)
         self.norm1 = nn.LayerNorm(width)  # eps 1e-5
         self.norm2 = nn.LayerNorm(width)
@@ -110,15 +104,6 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, context)  # (b,n,c)
         return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.op = conv3x3(channels, channels, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)  # (b,c,h,w) -> (b,c,ceil(h/2),ceil(w/2))
 
 
 class Stage(nn.Sequential):
@@ -173,7 +158,8 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(*stage))
                 skips.append(channels)
             if level < levels - 1:
-                self.input_blocks.append(Stage(Downsample(channels)))
+                down = conv3x3(channels, channels, stride=2)  # (b,c,h,w) -> (b,c,ceil(h/2),ceil(w/2))
+                self.input_blocks.append(Stage(nn.Sequential(OrderedDict(op=down))))
                 skips.append(channels)
 
         middle = ResBlock(channels, emb_width, channels), ResBlock(channels, emb_width, channels)

@@ -6,6 +6,7 @@ sgm/models/autoencoder.py; Rombach et al. 2022 (arXiv:2112.10752).
 Shapes: b batch, c channels, H W picture, h w latent (H/8, W/8 for four levels).
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -66,34 +67,14 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (b,c,h,w) -> (b,c,h/2,w/2)
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(c: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c), attn_1=AttnBlock(c), block_2=ResnetBlock(c, c)))
 
 
-class Level(nn.Module):
-    """ResnetBlocks of one resolution, then the step to the next: `downsample`, `upsample` or neither."""
-
-    downsample: Downsample
-    upsample: Upsample
-
-    def __init__(self, channels: int, out_channels: int, blocks: int) -> None:
-        super().__init__()
-        widths = [channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        if hasattr(self, "upsample"):
-            return self.upsample(x, (2 * x.shape[2], 2 * x.shape[3]))
-        return self.downsample(x) if hasattr(self, "downsample") else x
+def resolution(channels: int, out_channels: int, blocks: int) -> nn.Sequential:
+    """ResnetBlocks of one resolution; the step to the next, `downsample` or `upsample`, is set behind them."""
+    widths = [channels] + [out_channels] * blocks
+    return nn.Sequential(OrderedDict(block=nn.Sequential(*(ResnetBlock(a, b) for a, b in pairwise(widths)))))
 
 
 class Encoder(nn.Module):
@@ -102,23 +83,21 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.conv_in = conv3x3(config.in_channels, config.ch)
-        self.down = nn.ModuleList()
+        self.down = nn.Sequential()
         channels = config.ch
         for i, multiplier in enumerate(config.ch_mult):
-            level = Level(channels, config.ch * multiplier, config.num_res_blocks)
+            level = resolution(channels, config.ch * multiplier, config.num_res_blocks)
             channels = config.ch * multiplier
             if i < len(config.ch_mult) - 1:
                 level.downsample = Downsample(channels)
             self.down.append(level)
-        self.mid = Middle(channels)
+        self.mid = middle(channels)
         self.norm_out = group_norm(channels, EPS)
         self.conv_out = conv3x3(channels, 2 * config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -128,15 +107,14 @@ class Decoder(nn.Module):
         super().__init__()
         channels = config.ch * config.ch_mult[-1]
         self.conv_in = conv3x3(config.z_channels, channels)
-        self.mid = Middle(channels)
-        levels = []
+        self.mid = middle(channels)
+        self.up = nn.ModuleList()
         for i, multiplier in reversed(list(enumerate(config.ch_mult))):
-            level = Level(channels, config.ch * multiplier, config.num_res_blocks + 1)
+            level = resolution(channels, config.ch * multiplier, config.num_res_blocks + 1)
             channels = config.ch * multiplier
             if i > 0:
                 level.upsample = Upsample(channels)
-            levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))
+            self.up.insert(0, level)
         self.norm_out = group_norm(channels, EPS)
         self.conv_out = conv3x3(channels, config.out_ch)
 

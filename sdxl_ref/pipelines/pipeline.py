@@ -60,9 +60,11 @@ class Request:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise InputError(f"unknown sampler {self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
-        for name in ("guidance_scale", "guidance_rescale", "aesthetic_score", "negative_aesthetic_score"):
+        for name in ("guidance_scale", "aesthetic_score", "negative_aesthetic_score"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise InputError(f"{name} must be a finite number, found {getattr(self, name)}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise InputError(f"guidance_rescale must be from 0 to 1, found {self.guidance_rescale}")
         if self.num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt must be at least 1, found {self.num_images_per_prompt}")
 

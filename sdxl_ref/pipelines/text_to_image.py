@@ -1,5 +1,6 @@
 """Text to image: from noise at the first level to a picture, by the base (Podell et al. 2023, arXiv:2307.01952)."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.samplers import Step
-from sdxl_ref.diffusion.schedule import Grid, NoiseSchedule
+from sdxl_ref.diffusion.schedule import TRAIN_STEPS, Grid, NoiseSchedule
 from sdxl_ref.noise import Generator, draw_noise, fresh_generators
 from sdxl_ref.pipelines.pipeline import Pipeline, Plan, Prompt, Request, run
 
@@ -55,7 +56,13 @@ class TextToImagePipeline(Pipeline):
         yield from run(self.denoiser(r, grid, len(x), size), r, grid.sigmas, x, generator)
 
     def first_noise(self, r: TextToImageRequest, grid: Grid) -> tuple[Tensor, Generator]:
-        """Noise (b,4,h,w) at the first level of the grid, and the generators that go on from there."""
+        """Noise (b,4,h,w) at the first level of the grid, and the generators that go on from there.
+
+        A warning where that level is far below pure noise, as with "leading" and 1 or 2 steps.
+        """
+        if (t := grid.timesteps[0]) < 0.65 * TRAIN_STEPS:
+            steps = f'"{r.spacing}" with {r.num_inference_steps} steps'
+            warnings.warn(f"{steps} starts at t = {t:g}, far below pure noise", stacklevel=2)
         prompts: Prompt = [r.prompt] if isinstance(r.prompt, str) else r.prompt
         h, w = ((side or self.config.resolution) // self.vae_scale_factor for side in (r.height, r.width))
         shape = (len(prompts) * r.num_images_per_prompt, self.config.vae.embed_dim, h, w)

@@ -53,7 +53,7 @@ SETTINGS = {
     "base": Settings(steps=6_000, learning_rate=1e-3),
     "refiner": Settings(steps=3_500, learning_rate=1e-3),
     "base-more": Settings(steps=5_500, learning_rate=1e-3, seed=1),
-    "refiner-more": Settings(steps=4_000, learning_rate=8e-4, seed=1),
+    "refiner-more": Settings(steps=2_500, learning_rate=8e-4, seed=1),
 }
 SAMPLE_EVERY = 2000
 OBJECTIVES = {  # of a UNet's training, each with its share of a step's pictures

@@ -104,7 +104,7 @@ def chosen(part: str, network: nn.Module, config: ModelConfig, choice: Choice) -
     for place in (place for place in matrices(config) if place.part == part):
         owner, _, name = place.key.rpartition(".")
         layer = network.get_submodule(owner)
-        if isinstance(layer, nn.Embedding) or (never and place.key.startswith(never)):  # SDXL does not run it
+        if never and place.key.startswith(never):  # SDXL does not run it
             continue
         kernel = isinstance(layer, nn.Conv2d) and choice.convolutions and part == "unet"
         if kernel or any(re.search(choice.layers, each) for each in names[place]):

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sdxl_ref.checkpoint import sha256_of
 from sdxl_ref.conditioning import Numbers, encode_text
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.folder import sha256_of
 from sdxl_ref.images import load_image, to_tensor
 from sdxl_ref.pipelines.pipeline import check_finite
 from sdxl_ref.saving import write
@@ -275,7 +275,7 @@ class Dataset:
         return Rows(moments["mean"], moments["std"], captions, numbers, text.get("context"), text.get("pooled"))
 
     def empty(self) -> tuple[Tensor, Tensor]:
-        """Context (77,d) and pooled (e,) of a dropped caption, if text is cached: the empty prompt, or a base's zeros."""
+        """Context (77,d) and pooled (e,) of a dropped caption, if text is cached; zeros on a base."""
         text = self.shards.read([self.text_keys[""]])
         kept = self.config.kind == "refiner"
         return text["context"][0] * kept, text["pooled"][0] * kept

@@ -116,8 +116,9 @@ def q_and_k_exchanged(patch: Patch) -> None:
 
 def pooled_at_the_last_position(patch: Patch) -> None:
     def forward(self: openclip_g.OpenCLIPTextEncoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, last = self.transformer(self.token_embedding(tokens) + self.positional_embedding)
-        return hidden, self.ln_final(last)[:, -1] @ self.text_projection
+        *blocks, last = self.transformer.get_submodule("resblocks").children()
+        hidden = nn.Sequential(*blocks)(self.token_embedding(tokens) + self.positional_embedding)
+        return hidden, self.ln_final(last(hidden))[:, -1] @ self.text_projection
 
     patch.setattr(openclip_g.OpenCLIPTextEncoder, "forward", forward)
     checks.check_openclip()

@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sdxl_ref.checkpoint import build
+from sdxl_ref.checkpoint import build, sha256_of
 from sdxl_ref.conditioning import encode_text
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.folder import sha256_of
 from sdxl_ref.images import load_image, to_tensor
 from sdxl_ref.saving import write
 from sdxl_ref.training import data

@@ -1,7 +1,10 @@
 """Between the official file and diffusers' folder: bit for bit, both ways, and opened by diffusers itself."""
 
 import json
+import math
+import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.folder import EXTRAS_FILE, open_folder
 from weights_convert.cli import main
 from weights_convert.convert import convert
+from weights_convert.reports import own_hash
+from weights_convert.stream import EMPTY_HASH, HASH_KEY
 
 KINDS = ["refiner", "base"]
 
@@ -161,6 +166,66 @@ def test_open_clips_own_file_takes_the_place(official: Path, tmp_path: Path) -> 
         identical({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}, own)
 
 
+@pytest.mark.parametrize("own", [2.5, None], ids=["with a scale", "without"])
+@pytest.mark.parametrize("there", [True, False], ids=["into one with", "into one without"])
+@pytest.mark.parametrize("to", ["official", "diffusers"])
+def test_open_clips_scale_is_carried_where_it_has_one(
+    small_refiner_file: Path, tmp_path: Path, own: float | None, there: bool, to: str
+) -> None:
+    prefix = "conditioner.embedders.0.model."
+    state = load_file(small_refiner_file)
+    tower = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    first = float(tower.pop("logit_scale"))
+    save_file(tower | ({} if own is None else {"logit_scale": torch.tensor(own)}), tmp_path / "clip.safetensors")
+    with safe_open(small_refiner_file, framework="pt") as file:
+        metadata = file.metadata()
+    source = {key: value for key, value in state.items() if there or not key.endswith("logit_scale")}
+    save_file(source, tmp_path / "source.safetensors", metadata)
+    target = tmp_path / ("out.safetensors" if to == "official" else "out")
+    report = str(convert(tmp_path / "source.safetensors", target, to, openclip=tmp_path / "clip.safetensors"))
+    assert ("logit_scale: not in" in report) == (own is None)
+    assert (f"{prefix}logit_scale: not in the source, written as ln 100" in report) == (
+        own is None and not there and to == "official"
+    )
+    opened = open_checkpoint(target)
+    expected = own or (first if there else math.log(100) if to == "official" else None)
+    assert (prefix + "logit_scale" in opened.shapes) == (expected is not None)
+    if expected is not None:
+        with opened.reader() as get:
+            assert float(get(prefix + "logit_scale")) == pytest.approx(expected, rel=1e-3)
+
+
+def test_float8_goes_there_and_back(small_refiner_file: Path, tmp_path: Path) -> None:
+    kinds = {"model.diffusion_model.": torch.float8_e4m3fn, "first_stage_model.": torch.float8_e5m2}
+    state = {
+        key: value.to(next((dtype for prefix, dtype in kinds.items() if key.startswith(prefix)), value.dtype))
+        for key, value in load_file(small_refiner_file).items()
+    }
+    with safe_open(small_refiner_file, framework="pt") as file:
+        save_file(state, tmp_path / "small.safetensors", file.metadata())
+    convert(tmp_path / "small.safetensors", tmp_path / "folder", "diffusers")
+    convert(tmp_path / "folder", tmp_path / "back.safetensors", "official")
+    back = load_file(tmp_path / "back.safetensors")
+    for key, value in state.items():
+        assert back[key].dtype == value.dtype
+        assert torch.equal(back[key].float(), value.float()), key
+    assert main(["verify", str(tmp_path / "back.safetensors")]) == 0
+    assert main(["diff", str(tmp_path / "small.safetensors"), str(tmp_path / "folder")]) == 0
+
+
+def test_the_hash_goes_into_its_own_field(small_refiner_file: Path, tmp_path: Path) -> None:
+    """Fields before it that say what stands in its place until it is known keep what they say."""
+    with safe_open(small_refiner_file, framework="pt") as file:
+        metadata = file.metadata() | {"a.note": EMPTY_HASH, "a.quote": f'"{HASH_KEY}":"{EMPTY_HASH}"'}
+    save_file(load_file(small_refiner_file), tmp_path / "source.safetensors", metadata)
+    convert(tmp_path / "source.safetensors", tmp_path / "out.safetensors", "official")
+    found = open_checkpoint(tmp_path / "out.safetensors").metadata
+    assert {name: found[name] for name in metadata} == metadata
+    assert found[HASH_KEY] != EMPTY_HASH
+    [verdict] = own_hash(open_checkpoint(tmp_path / "out.safetensors"))
+    assert verdict.holds
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -206,21 +271,64 @@ def test_bad_folders(folder: Path) -> None:
     refused("expected a whole safetensors file")
 
 
+OTHERS = [  # file, field, value, what is said of it
+    ("unet/config.json", "layers_per_block", 3, "missing"),
+    ("unet/config.json", "block_out_channels", None, "lacks or garbles a field"),
+    ("vae/config.json", "latent_channels", 16, "shape"),
+    ("model_index.json", "unet", [None, None], "no SDXL pipeline: expected unet .*, found .None, None."),
+    ("model_index.json", "vae", ["diffusers", "AutoencoderTiny"], "no SDXL pipeline: expected vae"),
+    ("model_index.json", "text_encoder_2", [None, None], "no SDXL pipeline: expected text_encoder_2"),
+    ("model_index.json", "text_encoder_2", None, "no SDXL pipeline: expected text_encoder_2"),
+    ("scheduler/scheduler_config.json", "prediction_type", "v_prediction", "expected prediction_type 'epsilon'"),
+    *(
+        (f"{part}/config.json", field, value, f"{part}/config.json is not SDXL's: expected {field} .*, found ")
+        for part, field, value in (
+            ("unet", "_class_name", "FluxTransformer2DModel"),
+            ("unet", "norm_num_groups", 16),
+            ("unet", "act_fn", "gelu"),
+            ("unet", "attention_head_dim", 8),
+            ("unet", "up_block_types", ["UpBlock2D"] * 4),
+            ("unet", "use_linear_projection", None),
+            ("unet", "resnet_time_scale_shift", "scale_shift"),
+            ("vae", "_class_name", "AutoencoderTiny"),
+            ("vae", "norm_num_groups", 16),
+            ("vae", "act_fn", "relu"),
+            ("vae", "latents_mean", [0.1, 0.2, 0.3, 0.4]),
+            ("text_encoder_2", "intermediate_size", 128),
+            ("text_encoder_2", "vocab_size", 30000),
+            ("text_encoder_2", "max_position_embeddings", 512),
+            ("text_encoder_2", "layer_norm_eps", 1e-6),
+        )
+    ),
+]
+
+
+def test_folders_of_another_architecture(folder: Path) -> None:
+    """Each field alone, in a folder that opens without the change."""
+    for file, field, value, message in OTHERS:
+        text = (folder / file).read_text()
+        (folder / file).write_text(json.dumps(json.loads(text) | {field: value}))
+        with pytest.raises(InputError, match=message):
+            open_checkpoint(folder)
+        (folder / file).write_text(text)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    absent = {key: value for key, value in config.items() if key not in ("act_fn", "norm_num_groups")}
+    said = {"dual_cross_attention": None, "only_cross_attention": None, "class_embed_type": None}  # as the hub's say it
+    (folder / "unet" / "config.json").write_text(json.dumps(absent | said))
+    assert open_checkpoint(folder).config.kind == "refiner"
+
+
 @pytest.mark.parametrize(
-    ("file", "field", "value", "message"),
-    [
-        ("unet/config.json", "_class_name", "FluxTransformer2DModel", "the UNet is not SDXL's"),
-        ("unet/config.json", "layers_per_block", 3, "missing"),
-        ("unet/config.json", "block_out_channels", None, "lacks or garbles a field"),
-        ("model_index.json", "text_encoder_2", None, "no SDXL pipeline"),
-        ("vae/config.json", "latent_channels", 16, "shape"),
-    ],
+    "name", ["model.diffusion_model.out.2.weight", "first_stage_model.encoder.conv_in.bias", "unet.conv_in.weight"]
 )
-def test_folders_of_another_architecture(folder: Path, file: str, field: str, value: object, message: str) -> None:
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(config | {field: [None, None] if file == "model_index.json" else value}))
-    with pytest.raises(InputError, match=message):
+def test_the_file_of_extras_holds_nothing_else(folder: Path, name: str) -> None:
+    """A tensor in it would stand in for that of the part, unseen."""
+    extras = load_file(folder / EXTRAS_FILE)
+    save_file(extras | {name: torch.zeros(1)}, folder / EXTRAS_FILE)
+    with pytest.raises(InputError, match=f"{EXTRAS_FILE} holds {name}, expected what the parts have no place for"):
         open_checkpoint(folder)
+    save_file(extras | {"denoiser.sigmas": torch.zeros(1000)}, folder / EXTRAS_FILE)
+    assert "denoiser.sigmas" in open_checkpoint(folder).shapes
 
 
 def test_targets(small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +358,83 @@ def test_targets(small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.M
     assert {path.name for path in tmp_path.iterdir()} == {"target.safetensors"}
     convert(small_refiner_file, target, "official", force=True)
     assert open_checkpoint(target).config.kind == "refiner"
+
+
+def test_force_replaces_models_alone(small_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
+    other, precious = tmp_path / "other", tmp_path / "precious.safetensors"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    precious.write_text("precious")
+    (tmp_path / "link.safetensors").symlink_to(precious)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    os.mkfifo(tmp_path / "pipe")
+
+    def refused(source: Path, target: Path, to: str, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            convert(source, target, to, force=True)
+
+    for to in ("official", "diffusers"):
+        refused(small_refiner_file, other, to, "is a folder that holds other things than a model")
+        for name in ("link.safetensors", "circle", "pipe"):
+            refused(small_refiner_file, tmp_path / name, to, "is a link or a device")
+    refused(small_refiner_file, folder, "official", "is a folder: name a file")
+    refused(folder, folder / "unet", "diffusers", "lie one inside the other")
+    refused(folder / "unet" / "..", tmp_path, "diffusers", "lie one inside the other")
+    assert (other / "letter.txt").read_text() == "dear"
+    assert precious.read_text() == "precious"
+    assert open_checkpoint(folder).config.kind == "refiner"
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", "x" * 300, "x" * 300 + "/y"])
+def test_targets_without_a_name_of_their_own_or_with_too_long_a_one(
+    small_refiner_file: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = str(small_refiner_file)
+    for words in (
+        ["convert", source, name, "--to", "official", "--force"],
+        ["convert", source, name, "--to", "diffusers"],
+        ["convert", source, "out.safetensors", "--to", "official", "--vae", "x" * 300],
+        ["convert", "x" * 300, name, "--to", "official"],
+        ["inspect", "x" * 300],
+    ):
+        assert main(words) == 2
+        assert re.fullmatch("weights-convert: error: .+\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_of_255_bytes_is_written(small_refiner_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / ("猫" * 81 + ".safetensors")
+    convert(small_refiner_file, target, "official")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_dtypes_that_no_weights_have(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One tensor of a part is of unsigned whole numbers, as its header says."""
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F16"', b'"dtype":"U16"', 1))
+    name = next(key for key, value in load_file(path).items() if value.dtype == torch.uint16)
+    for words in (
+        ["inspect", folder],
+        ["inspect", folder / "vae"],
+        ["verify", folder],
+        ["diff", folder, folder],
+        ["convert", folder, tmp_path / "out.safetensors", "--to", "official"],
+        ["lora", "extract", folder, folder, "--rank", "1", "--out", tmp_path / "out.safetensors"],
+    ):
+        assert main([str(word) for word in words]) == 2, words
+        assert f"{name} has the dtype U16, expected one of F64, F32, F16" in capsys.readouterr().err
+
+
+def test_a_separate_autoencoder_of_such_a_dtype(
+    small_refiner_file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F16"', b'"dtype":"U16"', 1))
+    words = ["convert", small_refiner_file, tmp_path / "out.safetensors", "--to", "official", "--vae", path]
+    assert main([str(word) for word in words]) == 2
+    assert "has the dtype torch.uint16, expected one of F64" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("to", ["official", "diffusers"])

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sdxl_ref.checkpoint import KNOWN_FILES, sha256_of
+from weights_convert import reports
 from weights_convert.cli import main
 from weights_convert.convert import convert, model_spec
 from weights_convert.stream import HASH_KEY
@@ -36,6 +39,38 @@ def test_inspect(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = sum(t.numel() for key, t in state.items() if key.startswith("model.diffusion_model."))
     assert found["parts"]["unet"]["parameters"] == expected
     assert found["vae"].startswith("unknown, tensors sha256 ")
+
+
+def test_inspect_names_the_autoencoder_where_its_file_is_known(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the sha256 of an official file, of a folder's file of the VAE, and of a file that is nothing but a VAE."""
+    convert(own, tmp_path / "folder", "diffusers")
+    theirs = tmp_path / "folder" / "vae" / "diffusion_pytorch_model.safetensors"
+    bare = {key: value for key, value in load_file(own).items() if key.startswith("first_stage_model.")}
+    save_file({key.split(".", 1)[1]: value for key, value in bare.items()}, tmp_path / "bare.safetensors")
+    save_file(bare, tmp_path / "prefixed.safetensors")
+    alone = [tmp_path / "bare.safetensors", tmp_path / "prefixed.safetensors", theirs, theirs.parent]
+
+    def named(path: Path) -> str:
+        status, out, _ = run(capsys, "inspect", path, "--json")
+        assert status == 0
+        found = json.loads(out)
+        assert found["parts"]["vae"]["tensors"] == len(bare)
+        assert found["parts"]["vae"]["dtypes"] == ["float16"]
+        assert (list(found["parts"]) == ["vae"]) == (path in alone)
+        return found["vae"].split(",")[0]  # type: ignore[no-any-return]
+
+    files = [own, tmp_path / "folder", *alone]
+    assert [named(path) for path in files] == ["unknown"] * 6
+    assert "VAE: unknown, file sha256 " in run(capsys, "inspect", theirs)[1]
+    monkeypatch.setitem(KNOWN_FILES, sha256_of(own), ("some_file", "0.9"))
+    monkeypatch.setattr(reports, "OFFICIAL_SIZES", (own.stat().st_size,))
+    for path in (*alone[:2], theirs):
+        monkeypatch.setitem(reports.VAES, sha256_of(path), f"the {path.stem}")
+    assert [named(path) for path in files] == [
+        "0.9", "the diffusion_pytorch_model", "the bare", "the prefixed", *["the diffusion_pytorch_model"] * 2
+    ]  # fmt: skip
 
 
 def test_verify_finds_damage(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,8 +111,6 @@ def test_diff_across_layouts(own: Path, tmp_path: Path, capsys: pytest.CaptureFi
     state = load_file(own)
     key = "model.diffusion_model.out.2.weight"
     state[key] = state[key] * 1.5
-    from safetensors import safe_open
-
     with safe_open(own, framework="pt") as file:
         save_file(state, tmp_path / "changed.safetensors", file.metadata())
     status, out, _ = run(capsys, "diff", tmp_path / "folder", tmp_path / "changed.safetensors", "--json")
@@ -85,6 +118,37 @@ def test_diff_across_layouts(own: Path, tmp_path: Path, capsys: pytest.CaptureFi
     [change] = json.loads(out)["different"]
     assert change["key"] == key
     assert change["relative"] == pytest.approx(0.5, rel=1e-2)
+
+
+def test_diff_of_values_that_are_no_numbers(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN is NaN, infinity is infinity; where only one file has them the JSON says null, in valid JSON."""
+    state = load_file(own)
+    with safe_open(own, framework="pt") as file:
+        metadata = file.metadata()
+    bias, weight = "model.diffusion_model.out.2.bias", "model.diffusion_model.out.2.weight"
+    state[bias][:2] = torch.tensor([torch.nan, torch.inf])
+    save_file(state, tmp_path / "a.safetensors", metadata)
+    save_file(state, tmp_path / "b.safetensors", metadata)
+    status, out, _ = run(capsys, "diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json")
+    assert status == 0
+    assert json.loads(out)["different"] == []
+    assert json.loads(out)["equal"] == len(state)
+    state[bias][3] += 1
+    state[weight][0, 0] = torch.nan
+    save_file(state, tmp_path / "b.safetensors", metadata)
+    status, out, _ = run(capsys, "diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json")
+    assert status == 1
+
+    def never(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = {each["key"]: each for each in json.loads(out, parse_constant=never)["different"]}
+    assert found.keys() == {bias, weight}
+    assert found[weight] == {"key": weight, "largest": None, "relative": None}
+    assert found[bias]["largest"] == pytest.approx(1, rel=1e-2)
+    status, out, _ = run(capsys, "diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert status == 1
+    assert "nan" in out
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], small_refiner_file: Path) -> None:
