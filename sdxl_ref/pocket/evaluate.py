@@ -18,7 +18,7 @@ from sdxl_ref.networks.vae import AutoencoderKL
 from sdxl_ref.pocket.distance import patch_distances
 from sdxl_ref.pocket.judge import Marks, judge
 from sdxl_ref.pocket.scenes import SIZE, Scene, draw, random_scene
-from sdxl_ref.training.diffusion import Batch, conditioning, noised
+from sdxl_ref.training.diffusion import Batch, conditioning, epsilon_errors
 
 SEED = 2  # not that of the training set
 GROUPS = {
@@ -157,8 +157,7 @@ def denoising_errors(
         noise = torch.randn(latents.shape, generator=generator)
         for row, level in zip(rows, levels, strict=True):
             t = torch.full((len(latents),), level)
-            eps = pipe.unet(noised(latents, t, noise), t, context, y)
-            row.append(((eps - noise) ** 2).mean(dim=(1, 2, 3)))
+            row.append(epsilon_errors(pipe.unet, latents, t, noise, context, y))
     return torch.stack([torch.cat(row) for row in rows])
 
 
