@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -27,15 +28,17 @@ def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
 
 
 def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write beside the target, then rename: an older file stays whole until the new one is. InputError on failure."""
-    beside = path.parent / f".{os.getpid()}.part"
+    """Write beside the target, then rename: an older file stays whole until the new one is. InputError on failure.
+
+    A process that is killed meanwhile leaves a folder `.*.part` beside it.
+    """
     try:
-        save_file(state, beside, metadata)
-        mask = os.umask(0)  # safetensors writes for the owner alone
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)
-        beside.replace(path)
+        with TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder:
+            beside = Path(folder) / "new"
+            save_file(state, beside, metadata)
+            mask = os.umask(0)  # safetensors writes for the owner alone
+            os.umask(mask)
+            beside.chmod(0o666 & ~mask)
+            beside.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)

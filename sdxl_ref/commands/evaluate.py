@@ -106,7 +106,7 @@ def chart(figures: dict[str, Any], path: Path) -> None:
     groups = list(figures["drawn"]["scores"])
     for i, how in enumerate(HOW):
         found = [figures[how]["scores"][group]["all_right"] for group in groups]
-        at = [100 * each.right / each.of for each in found]
+        at = [100 * (each.right / each.of) for each in found]
         ends = [[100 * each.interval[k] for each in found] for k in (0, 1)]
         bars = [[a - b for a, b in zip(at, ends[0], strict=True)], [b - a for a, b in zip(at, ends[1], strict=True)]]
         left.bar([g + 0.27 * (i - 1) for g in range(len(groups))], at, 0.25, yerr=bars, capsize=2, label=how)

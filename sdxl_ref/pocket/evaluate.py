@@ -44,7 +44,8 @@ class Share:
         z, n = 1.96, self.of
         p = self.right / n
         middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+        low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+        return min(low, p), max(high, p)  # which only rounding could leave outside
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -91,6 +92,8 @@ class Run:
         self.whole = True  # False while a step changes the weights
         if self.leads:
             self._cut_log()
+            for left in folder.rglob(".*.part"):  # by a process that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
 
     def train(self, loss_of: Loss, save_every: int = 1000, stop: int | None = None) -> Iterator[int]:
         """Go on to the end, or to step `stop`; yields the number of steps done after each, for samples or for a look.

@@ -41,6 +41,12 @@ def test_wilsons_interval() -> None:
     low, high = Share(8, 10).interval
     assert (low, high) == pytest.approx((0.490, 0.943), abs=1e-3)  # Brown, Cai & DasGupta 2001
     assert Share(0, 50).interval[0] == pytest.approx(0, abs=1e-12)
+    every = [
+        (share.interval, share.right / share.of)
+        for n in range(1, 140)
+        for share in map(Share, range(n + 1), [n] * (n + 1))
+    ]
+    assert all(low <= middle <= high for (low, high), middle in every)  # rounding included: the chart's bars need it
     assert str(Share(1, 2)).startswith("50.0% (1/2; ")
 
 
