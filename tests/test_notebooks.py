@@ -40,7 +40,13 @@ def run(path: Path, more: Sequence[str] = ()) -> Any:
     book.cells += [nbformat.v4.new_code_cell(each) for each in more]
     here = {"metadata": {"path": str(path.parent)}}
     quiet = ["--log-level=ERROR"]  # else each kernel says on the terminal that it listens on a local port
-    options = {"timeout": LIMIT, "startup_timeout": LIMIT, "record_timing": False, "extra_arguments": quiet}
+    options = {
+        "timeout": LIMIT,
+        "startup_timeout": LIMIT,
+        "record_timing": False,
+        "extra_arguments": quiet,
+        "coalesce_streams": True,
+    }
     client = NotebookClient(book, kernel_name="python3", resources=here, **options)
     client.execute(env={**os.environ, "MPLBACKEND": INLINE})
     for cell in code_cells(book):
