@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -113,6 +114,11 @@ class Folder(Checkpoint):
     def sha256(self) -> str:
         """Of all the files of weights, one behind the other in the order of their names."""
         return sha256_of(*sorted({path for _, places in self.sources.values() for path, _ in places}))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in any dtype that weights come in: torch cannot tell it of 8-bit ones."""
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
 
 
 def part_rules(part: str, config: ModelConfig) -> tuple[dict[str, Tensor], list[layouts.Rule]]:

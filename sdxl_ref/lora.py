@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdxl_ref import layouts
-from sdxl_ref.checkpoint import PICKLES, prefixes
+from sdxl_ref.checkpoint import PICKLES, prefixes, sha256_of
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.folder import part_rules
+from sdxl_ref.folder import is_finite, part_rules
 from sdxl_ref.layouts import Place
 
 OLD = "lora_linear_layer.{}.weight"  # diffusers' text encoders before PEFT
@@ -129,7 +129,7 @@ def _factors(name: str, roles: Mapping[str, Tensor], metadata: Mapping[str, str]
     for factor in (down, up, *([mid] if mid is not None else [])):
         if not factor.is_floating_point():
             raise InputError(f"{path}: layer {name} has factors of {factor.dtype}, expected floating point numbers")
-        if not torch.isfinite(factor.float()).all():  # float8 has no isfinite
+        if not is_finite(factor):
             raise InputError(f"{path}: layer {name} holds values that are not finite (NaN or infinite)")
     alpha = float(roles["alpha"]) if "alpha" in roles else peft_alpha(metadata, name, rank)
     if not math.isfinite(alpha) or (mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank))):
@@ -246,6 +246,11 @@ def path_and_scale(text: str) -> tuple[Path, float]:
     if not math.isfinite(found[1]):
         raise InputError(f"the scale of an adapter must be a finite number, found {text}")
     return found
+
+
+def hashes(given: Sequence[str]) -> list[str]:
+    """The sha256 of each adapter's file, for `FILE` or `FILE:scale` of a command line."""
+    return [sha256_of(path_and_scale(each)[0]) for each in given]
 
 
 def put_on(pipelines: Sequence[Any], given: Sequence[str]) -> list[str]:

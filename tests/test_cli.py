@@ -354,28 +354,32 @@ def test_info_check(small_refiner_file: Path, capsys: pytest.CaptureFixture[str]
     assert "finite: every value of every tensor" in lines
 
 
+@pytest.mark.parametrize(
+    ("extra", "title", "printed"),
+    [
+        ("denoiser.sigmas", ("modelspec.title", "a small one"), ("denoiser.sigmas", "modelspec.title: a small one")),
+        (
+            "model_ema.\x1b[31m",
+            ("title\x1b[2J", "red \x1b[31m\r\nsha256: \u202e0"),
+            ("model_ema.?[31m", "title?[2J: red ?[31m??sha256: ?0"),
+        ),
+    ],
+    ids=["plain", "control characters"],
+)
 def test_info_names_extras_and_metadata(
-    here: Path, small_refiner_file: Path, capsys: pytest.CaptureFixture[str]
+    here: Path,
+    small_refiner_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    extra: str,
+    title: tuple[str, str],
+    printed: tuple[str, str],
 ) -> None:
-    state = load_file(small_refiner_file) | {"denoiser.sigmas": torch.ones(1000)}
-    meta = {CONFIG_KEY: SMALL_REFINER.to_json(), "modelspec.title": "a small one"}
-    save_file(state, "a.safetensors", meta)
+    state = load_file(small_refiner_file) | {extra: torch.ones(1000)}
+    save_file(state, "a.safetensors", {CONFIG_KEY: SMALL_REFINER.to_json(), title[0]: title[1]})
     assert main(["info", "a.safetensors"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "extras: denoiser.sigmas" in lines
-    assert "modelspec.title: a small one" in lines
-
-
-def test_info_prints_no_control_characters_of_a_file(
-    here: Path, small_refiner_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    state = load_file(small_refiner_file) | {"model_ema.\x1b[31m": torch.ones(1)}
-    meta = {CONFIG_KEY: SMALL_REFINER.to_json(), "title\x1b[2J": "red \x1b[31m\r\nsha256: \u202e0"}
-    save_file(state, "a.safetensors", meta)
-    assert main(["info", "a.safetensors"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "extras: model_ema.?[31m" in lines
-    assert "title?[2J: red ?[31m??sha256: ?0" in lines
+    assert f"extras: {printed[0]}" in lines
+    assert printed[1] in lines
     assert all(line.isprintable() for line in lines)
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from sdxl_ref import lora, lora_forms
 from sdxl_ref.checkpoint import EXTRAS, Checkpoint, open_checkpoint, prefixes
 from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.folder import is_finite
 from sdxl_ref.identify import differences
 from sdxl_ref.layouts import Place
 from sdxl_ref.lora import Adapter, Factors
@@ -40,7 +41,7 @@ def merge(source: Path, adapters: list[tuple[Path, float]], target: Path, force:
             for adapter, scale in fitted:
                 lora.add(weight, changed[key], adapter, scale)
             merged = weight.to(tensor.dtype)
-            if not torch.isfinite(merged).all():
+            if not is_finite(merged):
                 raise InputError(f"{key} would hold values that are not finite in {tensor.dtype}: use a lower scale")
             return merged
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdxl_ref.checkpoint import EXTRAS, KNOWN_FILES, Checkpoint, open_checkpoint, prefixes, sha256_of
 from sdxl_ref.config import InputError
-from sdxl_ref.folder import INDEX, Folder, headers
+from sdxl_ref.folder import INDEX, Folder, headers, is_finite
 from weights_convert.convert import dtypes_of
 from weights_convert.parts import is_vae, weights_file
 from weights_convert.stream import HASH_KEY, dtypes_in
@@ -111,8 +111,7 @@ def verify(path: Path, variant: str | None = None) -> list[Verdict]:
     bad = []
     with checkpoint.reader() as get:
         for key in sorted(checkpoint.shapes):
-            tensor = get(key)
-            if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():  # float8 has no isfinite
+            if not is_finite(get(key)):
                 bad.append(key)
     found = f"{len(bad)} tensors hold NaN or infinity: {', '.join(bad[:3])}" if bad else "all"
     return [*verdicts, Verdict("finite values", not bad, found)]

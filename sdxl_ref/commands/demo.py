@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from sdxl_ref import __version__
-from sdxl_ref.commands.common import writable
+from sdxl_ref.commands.common import seed, writable
 from sdxl_ref.ecosystem import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.images import from_tensor, save_png
 from sdxl_ref.pipelines.ensemble import EnsembleRequest
@@ -32,7 +32,7 @@ STEPS, GUIDANCE, STRENGTH = 25, 3.0, 0.2  # the refiner owns the last fifth of t
 
 def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, default=Path("demo.png"), metavar="FILE.png", help="where the sheet goes")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, default=0)
 
 
 def run(a: argparse.Namespace) -> None:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdxl_ref.checkpoint import sha256_of
 from sdxl_ref.commands.common import identity, pick_device, sampling, writable
 from sdxl_ref.config import InputError
 from sdxl_ref.images import from_tensor, save_png
-from sdxl_ref.lora import path_and_scale, put_on
+from sdxl_ref.lora import hashes, put_on
 from sdxl_ref.on_demand import Slot
 from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
@@ -147,7 +146,7 @@ def record(
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
     settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
     settings |= identity(base.checkpoint)
-    settings["lora_sha256"] = [sha256_of(path_and_scale(each)[0]) for each in a.lora]
+    settings["lora_sha256"] = hashes(a.lora)
     zeros = a.negative_prompt is None and a.negative_prompt_2 is None
     sides = [f"base {'zeros' if zeros else 'negative prompt encoded'}"]
     if refiner is not None and refiner.checkpoint is not None:

@@ -11,6 +11,7 @@ import torch
 
 from sdxl_ref.checkpoint import CONFIG_KEY, EXTRAS, KNOWN_FILES, Checkpoint, open_checkpoint, prefixes
 from sdxl_ref.config import InputError
+from sdxl_ref.folder import is_finite
 from sdxl_ref.hub import resolve
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,7 +60,7 @@ def scan(checkpoint: Checkpoint) -> str:
     """Read the file once, front to back: its sha256. InputError names tensors with values that are not finite."""
     if checkpoint.path.is_dir():
         with checkpoint.reader() as read:
-            told(checkpoint, [key for key in checkpoint.shapes if not torch.isfinite(read(key).float()).all()])
+            told(checkpoint, [key for key in checkpoint.shapes if not is_finite(read(key))])
         return checkpoint.sha256()
     digest, bad = hashlib.sha256(), []
     with checkpoint.path.open("rb") as file:
@@ -73,7 +74,7 @@ def scan(checkpoint: Checkpoint) -> str:
             digest.update(data)
             if each["dtype"] in FLOATS and data:
                 values = torch.frombuffer(data, dtype=FLOATS[each["dtype"]])
-                if not torch.isfinite(values.float() if each["dtype"].startswith("F8") else values).all():
+                if not is_finite(values):
                     bad.append(key)
     told(checkpoint, bad)
     return digest.hexdigest()

@@ -48,10 +48,10 @@ def run(a: argparse.Namespace) -> None:
     if pipe.checkpoint.note:
         print(f"note: {pipe.checkpoint.note}")
     if a.lora:
-        from sdxl_ref.lora import path_and_scale, put_on
+        from sdxl_ref.lora import hashes, put_on
 
         print("\n".join(put_on([pipe], a.lora)))
-        settings["lora_sha256"] = [sha256_of(path_and_scale(each)[0]) for each in a.lora]
+        settings["lora_sha256"] = hashes(a.lora)
     print(f"picture: {loaded.width}x{loaded.height}, used at {picture.width}x{picture.height}")
     print(f"plan: {plan}", flush=True)
     with torch.no_grad():
