@@ -1,7 +1,7 @@
 """Prompt, sizes and score -> the `Conditioning` that a UNet reads.
 
 Source: `GeneralConditioner`, `ConcatTimestepEmbedderND` in sgm/modules/encoders/modules.py; Podell et al. 2023
-(arXiv:2307.01952), sections 2.2 and 2.5. Sizes are (height, width).
+(arXiv:2307.01952), sections 2.2 (sizes) and 2.5; the score is in the code alone. Sizes are (height, width).
 """
 
 from collections.abc import Sequence

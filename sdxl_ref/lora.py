@@ -186,6 +186,20 @@ def fit(found: Mapping[str, Factors], config: ModelConfig) -> Adapter:
     return adapter
 
 
+def load(path: Path, config: ModelConfig) -> Adapter:
+    """`read` and `fit`. InputError too for an adapter that by its metadata (ModelSpec) is for the other of the pair."""
+    found = read(path)
+    with safe_open(path, framework="pt") as file:
+        told = (file.metadata() or {}).get("modelspec.architecture", "")
+    other = re.fullmatch("stable-diffusion-xl-v1-(base|refiner)/lora", told)
+    if other and other[1] != config.kind:
+        raise InputError(f"{path} was made for an SDXL {other[1]}, by its metadata: expected one for a {config.kind}")
+    try:
+        return fit(found, config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def _shape(factors: Factors, ndim: int) -> torch.Size:
     """Of the change; a 1x1 kernel and a matrix are the same thing, and are made to have `ndim` axes."""
     kernel = (factors.down if factors.mid is None else factors.mid).shape[2:]
@@ -262,15 +276,15 @@ def put_on(pipelines: Sequence[Any], given: Sequence[str]) -> list[str]:
     lines = []
     for text in given:
         path, scale = path_and_scale(text)
-        found, errors = read(path), []
+        errors = []
         for pipe, own in zip(pipelines, wanted, strict=True):
             try:
-                own.append((fit(found, pipe.config), scale))
+                own.append((load(path, pipe.config), scale))
                 lines.append(f"{path.name} at {scale:g} on the {pipe.config.kind}: {own[-1][0]}")
             except InputError as error:
                 errors.append(error)
         if len(errors) == len(pipelines):
-            raise InputError(f"{path}: {errors[0]}")
+            raise errors[0]
     for pipe, own in zip(pipelines, wanted, strict=True):
         parts = {part: getattr(pipe, part) for part in prefixes(pipe.config) if part != "vae"}
         Applied(parts).apply(*own)

@@ -1,6 +1,7 @@
 """Write safetensors files: networks as one file in the official layout, or latents."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from sdxl_ref.checkpoint import CONFIG_KEY, prefixes
 from sdxl_ref.config import InputError, ModelConfig
+
+PREFIX = ".sdxl-ref-"
 
 
 def save_checkpoint(path: Path, config: ModelConfig, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
@@ -30,10 +33,10 @@ def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
 def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write beside the target, then rename: an older file stays whole until the new one is. InputError on failure.
 
-    A process that is killed meanwhile leaves a folder `.*.part` beside it.
+    A process that is killed meanwhile leaves a folder beside it: `clear` deletes it.
     """
     try:
-        with TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder:
+        with TemporaryDirectory(prefix=PREFIX, suffix=".part", dir=path.parent) as folder:
             beside = Path(folder) / "new"
             save_file(state, beside, metadata)
             mask = os.umask(0)  # safetensors writes for the owner alone
@@ -42,3 +45,9 @@ def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> Non
             beside.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def clear(folder: Path) -> None:
+    """Delete what processes that were killed while they wrote left in a folder."""
+    for left in folder.glob(f"{PREFIX}*.part"):
+        shutil.rmtree(left, ignore_errors=True)

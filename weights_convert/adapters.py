@@ -24,7 +24,7 @@ from weights_convert.stream import Entry
 def merge(source: Path, adapters: list[tuple[Path, float]], target: Path, force: bool = False) -> Report:
     """Write a checkpoint with adapters added to its weights, each times a scale; dtypes stay, tensor by tensor."""
     checkpoint = open_checkpoint(source)
-    fitted = [(lora.fit(lora.read(path), checkpoint.config), scale) for path, scale in adapters]
+    fitted = [(lora.load(path, checkpoint.config), scale) for path, scale in adapters]
     report = Report([f"{path}: {adapter}" for (path, _), (adapter, _) in zip(adapters, fitted, strict=True)])
     changed: dict[str, tuple[str, str]] = {}
     for adapter, _ in fitted:
@@ -110,7 +110,7 @@ def svd(change: Tensor, rank: int) -> Factors:
 def convert_adapter(source: Path, model: Path | ModelConfig, target: Path, form: str, force: bool = False) -> Report:
     """An adapter of any form -> "kohya", "peft" (diffusers' names) or "official"; `model` tells its sizes."""
     config = model if isinstance(model, ModelConfig) else open_checkpoint(model).config
-    adapter = lora.fit(lora.read(source), config)
+    adapter = lora.load(source, config)
     write_adapter(target, adapter, config, form, force)
     return Report([f"{source}: {adapter}", f"{target}: in the form {form}"])
 

@@ -22,10 +22,19 @@ from sdxl_ref.commands.common import pick_device, seed
 from sdxl_ref.config import InputError
 from sdxl_ref.hub import resolve
 from sdxl_ref.training.adapters import Choice, attach
-from sdxl_ref.training.data import Dataset, fingerprint, read_folder
+from sdxl_ref.training.data import Dataset, read_folder
 from sdxl_ref.training.diffusion import WEIGHTINGS, Objective, checkpoint_activations
-from sdxl_ref.training.finetune import FineTuning, Loss, place_in_world, replicated, write_adapter, write_checkpoint
-from sdxl_ref.training.loop import Run, Settings
+from sdxl_ref.training.finetune import (
+    CHECKPOINT,
+    FineTuning,
+    Loss,
+    fingerprint,
+    place_in_world,
+    replicated,
+    write_adapter,
+    write_checkpoint,
+)
+from sdxl_ref.training.loop import Run, Settings, check_same
 
 EPILOG = """DATA is a folder of pictures with a file metadata.jsonl, one line for each picture:
 
@@ -152,6 +161,17 @@ def train(a: argparse.Namespace, choice: Choice | None, settings: Settings, devi
     checkpoint = open_checkpoint(resolve(a.checkpoint))
     config, dtype = checkpoint.config, getattr(torch, a.dtype)
     aim = objective(a, config.kind)
+    if a.full and (a.out / CHECKPOINT).exists() and (a.out / CHECKPOINT).samefile(checkpoint.path):
+        raise InputError(f"the result would replace the checkpoint, {checkpoint.path}: choose another --out")
+    about: dict[str, object] = {
+        "settings": asdict(settings),
+        "checkpoint": checkpoint.sha256(),
+        "lora": asdict(choice) if choice else None,
+        "objective": asdict(aim),
+        "pictures of a step": a.batch_size * place_in_world()[1],
+        "dtype": a.dtype,
+    }
+    check_same(a.out, about)  # before hours of encoding
     say(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
     towers = {
         part: checkpoint.load(part, dtype, device) for part in prefixes(config) if part.startswith("text_encoder")
@@ -170,15 +190,13 @@ def train(a: argparse.Namespace, choice: Choice | None, settings: Settings, devi
     loss = Loss(config, parts, aim, data.empty() if data.text_keys else None, factors)
     wrapped = replicated(loss, some_unused=len(parts) > 1)
     work = FineTuning(wrapped or loss, data, aim, a.batch_size)
-    about: dict[str, object] = {
-        "checkpoint": checkpoint.sha256(),
-        "lora": asdict(choice) if choice else None,
-        "objective": asdict(aim),
-    }
-    about |= {"data": digest(data), "pictures of a step": a.batch_size * place_in_world()[1], "dtype": a.dtype}
-    state = Run(module, settings, a.out, about, wrapped)
+    state = Run(module, settings, a.out, about | {"data": digest(data)}, wrapped)
+    if state.leads:
+        data.clean()
     plan = f"{settings.steps} steps of {a.batch_size * settings.accumulate * place_in_world()[1]} pictures"
     say(f"training {what}: {parameters:,} parameters", f"plan: {plan}, t in {aim.first}..{aim.last}")
+    if a.full and dtype == torch.bfloat16:
+        say("note: steps below 1/512 of a weight are lost in bfloat16, most of a training's: use float32, --autocast")
     if state.step:
         say(f"going on from step {state.step}")
     for _ in state.train(work, a.save_every):

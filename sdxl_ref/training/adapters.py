@@ -42,6 +42,8 @@ class Choice:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"the rank of a LoRA must be at least 1, found {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise InputError(f"the alpha of a LoRA must be a finite number above 0, found {self.alpha}")
         try:
             re.compile(self.layers)
         except re.error as error:

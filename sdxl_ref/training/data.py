@@ -27,7 +27,7 @@ from sdxl_ref.conditioning import Numbers, encode_text
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.images import load_image, to_tensor
 from sdxl_ref.pipelines.pipeline import check_finite
-from sdxl_ref.saving import write
+from sdxl_ref.saving import clear, write
 
 METADATA = "metadata.jsonl"
 LINE = '{"file_name": "cup.png", "text": "a cup of coffee"}'  # what a line of it looks like
@@ -128,15 +128,6 @@ def prepare(image: Image.Image, sizes: Sequence[Size]) -> tuple[Image.Image, Pla
     y, x = image.height / placed.resized[0], image.width / placed.resized[1]  # pixels of the original for one resized
     box = left * x, top * y, min((left + columns) * x, image.width), min((top + rows) * y, image.height)
     return image.resize((columns, rows), Image.Resampling.LANCZOS, box), placed  # what is cut off is not even resized
-
-
-def fingerprint(module: nn.Module) -> str:
-    """sha256 over a network's configuration and its tensors: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256(repr(getattr(module, "config", None)).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def key_of(*sources: object) -> str:
@@ -247,6 +238,7 @@ class Dataset:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"could not make the folder {folder}: {error.strerror}") from error
+        clear(folder)
         self.shards, self.notes = Shards(folder), list[str]()
         keys = self._latents(examples, parts["vae"], skip_bad)
         self.examples = [example for example in examples if example.path in keys]
@@ -254,9 +246,6 @@ class Dataset:
             raise InputError(f"expected pictures, can read none of {len(examples)}; {'; '.join(self.notes[:1])}")
         self.latent_keys = [keys[example.path] for example in self.examples]
         self.text_keys = self._texts(parts) if cache_text else {}
-        self.shards.clean("latents", self.latent_keys)
-        if cache_text:
-            self.shards.clean("text", self.text_keys.values())
         facts = [self.shards.places[key][2] for key in self.latent_keys]
         self.placed = [Placed(*(tuple(each[field.name]) for field in fields(Placed))) for each in facts]
         self.sizes = [placed.target_size for placed in self.placed]  # the bucket of each picture
@@ -264,6 +253,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def clean(self) -> None:
+        """Delete what the cache holds for other pictures, captions or networks."""
+        self.shards.clean("latents", self.latent_keys)
+        if self.text_keys:
+            self.shards.clean("text", self.text_keys.values())
 
     def batch(self, indices: Sequence[int]) -> Rows:
         """The rows of examples that share a bucket, in this order."""

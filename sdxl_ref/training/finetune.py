@@ -6,6 +6,7 @@ DistributedDataParallel averages the gradients, so that n processes with batches
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sdxl_ref import lora_forms
 from sdxl_ref.checkpoint import Checkpoint, prefixes
 from sdxl_ref.conditioning import embed_numbers
-from sdxl_ref.config import ModelConfig
+from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.folder import is_finite
 from sdxl_ref.saving import write
 from sdxl_ref.training.adapters import learned
 from sdxl_ref.training.data import Dataset, Rows, draw
@@ -105,6 +107,15 @@ def replicated(loss: Loss, some_unused: bool) -> DistributedDataParallel | None:
     return DistributedDataParallel(loss, find_unused_parameters=some_unused)
 
 
+def fingerprint(module: nn.Module) -> str:
+    """sha256 over a network's configuration and its tensors: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(repr(getattr(module, "config", None)).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def write_adapter(folder: Path, config: ModelConfig, factors: nn.ModuleDict, run: Run) -> list[Path]:
     """What was learned, as a file in kohya's form and one in PEFT's."""
     adapter, metadata = learned(factors, run.averaged), lora_forms.metadata(config)
@@ -120,7 +131,11 @@ def write_checkpoint(folder: Path, source: Checkpoint, unet: nn.Module, run: Run
     trained = unet.state_dict() | run.averaged
     with source.reader() as read:
         state = {key: read(key) for key in source.shapes}  # mapped, not read
-        state |= {prefix + name: tensor.to("cpu", state[prefix + name].dtype) for name, tensor in trained.items()}
+        for name, tensor in trained.items():
+            dtype = state[prefix + name].dtype
+            state[prefix + name] = tensor.to("cpu", dtype)
+            if not is_finite(state[prefix + name]):
+                raise InputError(f"{prefix + name} does not fit into {dtype}, the source's: train from a float32 file")
         metadata = {key: text for key, text in source.metadata.items() if key != "modelspec.hash_sha256"}
         write(path, {key: tensor.contiguous() for key, tensor in state.items()}, metadata)
     return path

@@ -10,23 +10,22 @@ from __future__ import annotations
 import csv
 import json
 import math
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sdxl_ref.config import InputError
-from sdxl_ref.saving import write
+from sdxl_ref.saving import clear, write
 
 STATE, LOG = "state.safetensors", "log.csv"
 COLUMNS = ("step", "loss", "gradient_norm", "learning_rate", "seconds")
@@ -49,8 +48,11 @@ class Settings:
     accumulate: int = 1  # batches whose gradients are averaged for one step
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.accumulate < 1:
-            raise InputError(f"steps and accumulate must be at least 1, found {self.steps} and {self.accumulate}")
+        for name, least in (("steps", 1), ("accumulate", 1), ("warm_up", 0), ("learning_rate", 0), ("weight_decay", 0)):
+            if not least <= (value := getattr(self, name)) < math.inf:
+                raise InputError(f"{name.replace('_', ' ')} must be a finite number, at least {least}, found {value}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"the decay of the averaged weights must be at least 0 and below 1, found {self.ema}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a cosine to 0 (Loshchilov & Hutter, arXiv:1608.03983)."""
@@ -82,7 +84,7 @@ class Run:
         self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.weights:
             raise InputError("nothing to train: no parameter of the module requires a gradient")
-        self.averaged = {name: p.detach().clone() for name, p in self.weights.items() if settings.ema}
+        self.averaged = {name: at_least_float32(p.detach().clone()) for name, p in self.weights.items() if settings.ema}
         options = {"betas": settings.betas, "weight_decay": settings.weight_decay}
         self.optimizer = torch.optim.AdamW(self.weights.values(), settings.learning_rate, **options)  # type: ignore[arg-type]
         self.step = 0
@@ -92,8 +94,7 @@ class Run:
         self.whole = True  # False while a step changes the weights
         if self.leads:
             self._cut_log()
-            for left in folder.rglob(".*.part"):  # by a process that was killed while it wrote
-                shutil.rmtree(left, ignore_errors=True)
+            clear(folder)
 
     def train(self, loss_of: Loss, save_every: int = 1000, stop: int | None = None) -> Iterator[int]:
         """Go on to the end, or to step `stop`; yields the number of steps done after each, for samples or for a look.
@@ -127,7 +128,7 @@ class Run:
 
     def _advance(self, loss_of: Loss, told: list[int]) -> tuple[float, float, float]:
         s = self.settings
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed((s.seed * 1_000_003 + self.step) % 2**64)
         device = next(iter(self.weights.values())).device
         total = torch.zeros((), device=device)
         for i in range(s.accumulate):
@@ -138,11 +139,11 @@ class Run:
                 loss.backward()
             total += loss.detach()
         value = self._agree(total, told)
-        if not math.isfinite(value):
-            raise InputError(
-                f"the loss is {value} at step {self.step}: use a lower learning rate (it is {s.learning_rate})"
-            )
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), s.clip)
+        norm = float(nn.utils.clip_grad_norm_(self.weights.values(), s.clip))
+        for what, number in (("loss", value), ("gradients' norm", norm)):
+            if not math.isfinite(number):
+                remedy = f"use a lower learning rate (it is {s.learning_rate}), in another folder"
+                raise InputError(f"the {what} is {number} at step {self.step}: {remedy}")
         rate = s.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -153,9 +154,9 @@ class Run:
         decay = min(s.ema, (1 + self.step) / (10 + self.step))  # little memory of the first steps
         with torch.no_grad():
             for name, average in self.averaged.items():
-                average.lerp_(self.weights[name], 1 - decay)
+                average.lerp_(self.weights[name].to(average.dtype), 1 - decay)
         self.whole = True
-        return value, float(norm), rate
+        return value, norm, rate
 
     def _agree(self, loss: Tensor, told: list[int]) -> float:
         """The mean loss of all processes; and if one is told to stop, all are."""
@@ -181,10 +182,8 @@ class Run:
 
     def _go_on(self) -> None:
         path = self.folder / STATE
+        metadata = check_same(self.folder, self.identity)
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            found = json.loads(metadata.get("identity", "{}"))
-            self._check_identity(found)
             names = set(file.keys())
             weights = {key.removeprefix("weights.") for key in names if key.startswith("weights.")}
             if weights != self.weights.keys():
@@ -202,22 +201,40 @@ class Run:
                         }
                         self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
 
-    def _check_identity(self, found: dict[str, object]) -> None:
-        differing = [key for key in self.identity | found if self.identity.get(key) != found.get(key)]
-        if differing:
-            key = differing[0]
-            raise InputError(
-                f"{self.folder} holds a run with another {key} ({found.get(key)}), expected {self.identity.get(key)}: "
-                "go on with the same, or use another folder"
-            )
-
     def _cut_log(self) -> None:
         """Keep the rows up to the step that the state stands at: those after it are computed again."""
         path = self.folder / LOG
         rows = list(csv.reader(path.open(newline=""))) if path.exists() else []
-        kept = [row for row in rows[1:] if int(row[0]) <= self.step]
+        kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= self.step]
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *kept])
+
+
+def check_same(folder: Path, identity: Mapping[str, object]) -> dict[str, str]:
+    """The metadata of the state in a folder, none if there is no state; InputError where it is of another run."""
+    path = folder / STATE
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        found, _ = json.loads(metadata["identity"]), int(metadata["step"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        remedy = "delete it to start over, or use another folder"
+        raise InputError(f"{path} is no state of a run, or a damaged one ({error}): {remedy}") from error
+    for key, wanted in json.loads(json.dumps(identity)).items():
+        if (held := found.get(key)) != wanted:
+            for name in wanted if isinstance(held, dict) and isinstance(wanted, dict) else ():
+                if held.get(name) != wanted[name]:  # the first of its entries that differs
+                    key, held, wanted = f"{key}: {name}", held.get(name), wanted[name]
+                    break
+            remedy = "go on with the same, or use another folder"
+            raise InputError(f"{folder} holds a run with another {key} ({held}), expected {wanted}: {remedy}")
+    return metadata
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.images import load_image, to_tensor
 from sdxl_ref.saving import write
 from sdxl_ref.training import data
-from sdxl_ref.training.data import METADATA, Dataset, buckets, draw, fingerprint, place, prepare, read_folder
+from sdxl_ref.training.data import METADATA, Dataset, buckets, draw, place, prepare, read_folder
+from sdxl_ref.training.finetune import fingerprint
 
 CONFIGS = {"base": replace(peers.SMALL_BASE, resolution=128), "refiner": replace(peers.SMALL_REFINER, resolution=128)}
 TOWERS = {"base": ("text_encoder", "text_encoder_2"), "refiner": ("text_encoder_2",)}
@@ -323,6 +324,8 @@ def test_another_vae_or_resolution_makes_all_latents_again(changed: str, base: N
     found = base.dataset(folder, cache)
     assert base.calls == {"vae": 2}
     assert not torch.equal(found.batch([0]).mean, mean)
+    assert old < set(bytes_of(cache, "latents"))  # nothing is lost before the run is known to be the same
+    found.clean()
     assert not old & set(bytes_of(cache, "latents"))  # the old ones are gone
 
 
@@ -332,7 +335,9 @@ def test_another_tower_makes_all_text_again_and_no_latents(base: Networks, tmp_p
     assert context is not None
     with torch.no_grad():
         next(base.parts["text_encoder"].parameters()).mul_(1.01)
-    found = base.dataset(folder, cache).batch([0]).context
+    dataset = base.dataset(folder, cache)
+    dataset.clean()
+    found = dataset.batch([0]).context
     assert base.calls == {"text_encoder": 3, "text_encoder_2": 3}
     assert found is not None
     assert not torch.equal(found[..., :32], context[..., :32])
@@ -344,7 +349,9 @@ def test_without_text_none_is_encoded_and_what_is_cached_stays(refiner: Networks
     folder, cache = folder_of(tmp_path / "data", LINES[:2]), tmp_path / "cache"
     refiner.dataset(folder, cache)
     before = bytes_of(cache)
-    rows = refiner.dataset(folder, cache, cache_text=False).batch([1])
+    found = refiner.dataset(folder, cache, cache_text=False)
+    found.clean()
+    rows = found.batch([1])
     assert (rows.context, rows.pooled) == (None, None)
     assert bytes_of(cache) == before
     assert refiner.dataset(folder, tmp_path / "other", cache_text=False).batch([0]).captions == ["a cup"]
@@ -412,7 +419,7 @@ def test_a_damaged_shard_that_is_no_longer_wanted_is_deleted_and_other_files_are
     old[0].write_bytes(b"")
     for name in ("text-encoder.safetensors", "mine-0123456789abcdef.safetensors", "latents-mine.safetensors"):
         (cache / name).write_bytes(b"mine")
-    refiner.dataset(folder_of(tmp_path / "data", [LINES[2]]), cache)
+    refiner.dataset(folder_of(tmp_path / "data", [LINES[2]]), cache).clean()
     assert not set(old) & set(cache.iterdir())
     assert sum(content == b"mine" for content in bytes_of(cache).values()) == 3
 

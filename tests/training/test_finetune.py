@@ -23,6 +23,7 @@ from torch import Tensor
 from sdxl_ref import lora
 from sdxl_ref.checkpoint import build, open_checkpoint, prefixes
 from sdxl_ref.cli import main
+from sdxl_ref.config import InputError
 from sdxl_ref.ecosystem import ImageToImagePipeline
 from sdxl_ref.saving import save_checkpoint
 from sdxl_ref.training.loop import STATE
@@ -277,7 +278,9 @@ BAD = {
     "layers that match nothing": ({"layers": "attn9"}, None, "no layer has a name with 'attn9' in it"),
     "a rank for a full run": ({"full": None, "rank": "4"}, None, "--rank is a LoRA's"),
     "steps past the range": ({"timesteps": "0 1000"}, None, "must lie in 0 to 999"),
-    "no steps": ({"steps": "0"}, None, "steps and accumulate must be at least 1"),
+    "no steps": ({"steps": "0"}, None, "steps must be a finite number, at least 1, found 0"),
+    "an endless rate": ({"learning-rate": "inf"}, None, "learning rate must be a finite number, at least 0, found inf"),
+    "an alpha of 0": ({"alpha": "0"}, None, "alpha of a LoRA must be a finite number above 0, found 0"),
     "no pictures a batch": ({"batch-size": "0"}, None, "--batch-size must be at least 1, found 0"),
     "the pair without its half": ({"checkpoint": "pocket"}, None, "expected one of pocket-refiner, pocket-base"),
 }
@@ -309,13 +312,56 @@ def test_a_run_is_not_gone_on_with_by_another(
     words = command(refiner, data, tmp_path / "out", "--steps", "1", "--rank", "2")
     assert main(words) == 0
     files = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
+    cached = {path: path.read_bytes() for path in (tmp_path / "out" / "cache").iterdir()}
     for more in (["--rank", "3"], ["--learning-rate", "0.5"], ["--timesteps", "0", "99"], ["--batch-size", "2"]):
         capsys.readouterr()
         assert main([*words, *more]) == 2
         assert "go on with the same, or use another folder" in capsys.readouterr().err
     other = pictures(tmp_path / "other", ((256, 128),) * 4)
     assert main([word if word != str(data) else str(other) for word in words]) == 2
+    assert all(path.read_bytes() == content for path, content in cached.items())  # hours of work on a large set
     assert files == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
+
+
+def test_the_result_never_replaces_the_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model(tmp_path / "finetuned.safetensors")
+    before = path.read_bytes()
+    assert main(command(path, data, tmp_path, "--full", "--steps", "1")) == 2
+    assert "the result would replace the checkpoint" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert not (tmp_path / STATE).exists()
+
+
+def test_a_full_result_that_its_dtype_cannot_hold_is_not_written(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIGS["refiner"]
+    parts = {part: peers.randomise(build(part, config), 0) for part in prefixes(config)}
+    save_checkpoint(tmp_path / "half.safetensors", config, parts, torch.float16)
+    rate = ["--learning-rate", "1e6", "--weight-decay", "0"]
+    assert main(command(tmp_path / "half.safetensors", data, tmp_path / "out", "--full", "--steps", "1", *rate)) == 2
+    assert "does not fit into torch.float16, the source's" in capsys.readouterr().err
+    assert (tmp_path / "out" / STATE).exists()  # what was learned is not lost
+    assert not (tmp_path / "out" / "finetuned.safetensors").exists()
+
+
+def test_bfloat16_weights_are_warned_of(
+    refiner: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(refiner, data, tmp_path, "--full", "--steps", "1", "--dtype", "bfloat16")) == 0
+    assert "note: steps below 1/512 of a weight are lost in bfloat16" in capsys.readouterr().out
+
+
+def test_an_adapter_is_not_put_on_the_other_of_the_pair(refiner: Path, data: Path, tmp_path: Path) -> None:
+    """Layers of the same name and shape are in both: what the file says of itself decides."""
+    base = model(tmp_path / "base.safetensors", "base")
+    assert main(command(base, data, tmp_path / "out", "--steps", "1", "--rank", "2")) == 0
+    adapter = tmp_path / "out" / "lora_kohya.safetensors"
+    pipe = ImageToImagePipeline.from_single_file(refiner)
+    with pytest.raises(InputError, match="was made for an SDXL base, by its metadata: expected one for a refiner"):
+        lora.put_on([pipe], [str(adapter)])
 
 
 def test_a_refiner_without_scores_is_told_a_constant(

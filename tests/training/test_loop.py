@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
+from sdxl_ref.saving import PREFIX
 from sdxl_ref.training.loop import LOG, STATE, Run, Settings
 
 SETTINGS = Settings(steps=12, learning_rate=1e-2, warm_up=3, seed=5)
@@ -86,10 +88,82 @@ def test_an_error_in_the_loss_saves_what_was_reached(tmp_path: Path) -> None:
     assert Run(module(), SETTINGS, tmp_path, {}).step == 3
 
 
+def test_a_gradient_that_is_not_finite_is_no_step(tmp_path: Path) -> None:
+    """The loss is 0, its gradient infinite: what was reached before stays."""
+    net = module()
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        out = net(torch.ones(1, 8)).sum()
+        return (out - out.detach()).abs().sqrt() if step == 3 else out
+
+    run = Run(net, SETTINGS, tmp_path, {})
+    with pytest.raises(InputError, match=r"gradients' norm is (nan|inf) at step 3: use a lower"):
+        list(run.train(loss_of, save_every=1))
+    assert Run(module(), SETTINGS, tmp_path, {}).step == 3
+    assert all(t.isfinite().all() for t in load_file(tmp_path / STATE).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be a finite number, at least 1, found 0"),
+        ({"accumulate": 0}, "accumulate must be"),
+        ({"warm_up": -5}, "warm up must be a finite number, at least 0, found -5"),
+        ({"learning_rate": float("nan")}, "learning rate must be .*found nan"),
+        ({"learning_rate": float("inf")}, "learning rate must be .*found inf"),
+        ({"weight_decay": -1.0}, "weight decay must be .*found -1"),
+        ({"ema": 1.0}, "averaged weights must be at least 0 and below 1, found 1"),
+        ({"ema": float("nan")}, "averaged weights must be .*found nan"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(SETTINGS, **settings)
+
+
+def test_any_seed_is_one(tmp_path: Path) -> None:
+    train(tmp_path, settings=replace(SETTINGS, seed=2**64 - 1), stop=1)
+
+
+def test_averages_of_bfloat16_weights_move(tmp_path: Path) -> None:
+    """They are kept in float32: in bfloat16 a share of 0.001 of a small change is lost."""
+    net = module().to(torch.bfloat16)
+    run = Run(net, replace(SETTINGS, ema=0.999), tmp_path, {})
+    assert {t.dtype for t in run.averaged.values()} == {torch.float32}
+    before = {name: t.clone() for name, t in run.averaged.items()}
+    list(run.train(lambda step, generator: net(torch.ones(1, 8, dtype=torch.bfloat16)).sum()))
+    assert all(not torch.equal(before[name], t) for name, t in run.averaged.items())
+
+
+@pytest.mark.parametrize("left", [b"", b"no state", None])
+def test_a_damaged_state_or_log_is_told_in_one_line(left: bytes | None, tmp_path: Path) -> None:
+    train(tmp_path, stop=2)
+    path = tmp_path / STATE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000] if left is None else left)
+    with pytest.raises(InputError, match=r"is no state of a run, or a damaged one .*delete it to start over"):
+        train(tmp_path)
+    path.write_bytes(whole)
+    with (tmp_path / LOG).open("a") as log:
+        log.write("\n\nabc,1\n")  # opened in an editor
+    train(tmp_path)
+    assert [int(row["step"]) for row in csv.DictReader((tmp_path / LOG).open())] == list(range(1, 13))
+
+
+def test_only_own_leftovers_are_deleted(tmp_path: Path) -> None:
+    mine, left = tmp_path / ".notes.part", tmp_path / f"{PREFIX}abc.part"
+    for folder in (mine, left, tmp_path / "deeper" / mine.name):
+        folder.mkdir(parents=True)
+    train(tmp_path, stop=1)
+    assert mine.exists()
+    assert (tmp_path / "deeper" / mine.name).exists()
+    assert not left.exists()
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path, stop=2)
     before = (tmp_path / STATE).read_bytes()
-    with pytest.raises(InputError, match=r"another settings .*go on with the same, or use another folder"):
+    with pytest.raises(InputError, match=r"another settings: learning_rate \(0\.\d+\), expected 0\.001: go on with"):
         train(tmp_path, settings=replace(SETTINGS, learning_rate=1e-3))
     with pytest.raises(InputError, match="another model"):
         Run(module(), SETTINGS, tmp_path, {"model": "a large one"})
