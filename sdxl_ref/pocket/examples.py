@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdxl_ref.conditioning import Numbers
-from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, SHAPES, SIZE, TEXTURES, Scene, draw, random_scene
+from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, SHAPES, SIZE, TEXTURES, USUAL, Look, Scene, draw, random_scene
 
 Pixels = NDArray[np.uint8]
 SEED = 1
@@ -30,14 +30,14 @@ class Told(NamedTuple):
         return sizes.tensor(kind)
 
 
-def example(i: int, seed: int = SEED) -> tuple[Pixels, str, int, float]:
+def example(i: int, seed: int = SEED, look: Look = USUAL) -> tuple[Pixels, str, int, float]:
     """Picture i of the training set (128,128,3), and what is told of it.
 
     Two scenes in three have two things; some pictures are soft: enlarged from half the size, at a lower score.
     """
     rng = np.random.default_rng([seed, i])
     scene = random_scene(rng, 1 + int(rng.random() < 2 / 3))
-    picture = draw(scene, rng)
+    picture = draw(scene, rng, look)
     soft = rng.random() < SOFT
     if soft:
         picture = picture.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(axis=(1, 3))

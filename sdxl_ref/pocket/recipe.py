@@ -3,9 +3,10 @@
     python -m sdxl_ref.pocket.recipe --out DIR [--device cuda] [--stage vae …]
 
 Stages: `towers` (both text towers, on captions and what their pictures show; frozen afterwards, as SDXL's are), `vae`
-(autoencoder on crops of scenes), `latents` (scenes through it, once), `decoder` (goes on alone: the latents stay what
-they are), `base` (its UNet), `refiner` (its UNet on t in 0..199, with the base's OpenCLIP tower), `base-more` and
-`refiner-more` (each goes on, its loss weighted for higher noise), `write` (two files in the official layout, float16).
+(autoencoder on crops of scenes), `vae-more` (goes on with whole pictures, of other looks too), `latents` (scenes
+through it, once), `base` (its UNet), `refiner` (its UNet on t in 0..199, with the base's OpenCLIP tower), `base-more`
+and `refiner-more` (each goes on, its loss weighted for higher noise), `base-last` and `refiner-last` (once more, on all
+that they are used for), `write` (two files in the official layout, float16).
 The time of each is kept in DIR/times.json; README.md beside this file has the figures.
 """
 
@@ -33,27 +34,30 @@ from sdxl_ref.noise import draw_noise
 from sdxl_ref.pocket.examples import SEED, Pixels, Reader, Told, example, to_images
 from sdxl_ref.pocket.judge import judge
 from sdxl_ref.pocket.models import BASE, CLIP, CONFIGS, OPENCLIP, start
-from sdxl_ref.pocket.scenes import SIZE, Scene, random_scene
+from sdxl_ref.pocket.scenes import SIZE, Look, Scene, random_scene
 from sdxl_ref.saving import save_checkpoint, write
 from sdxl_ref.sheets import contact_sheet
 from sdxl_ref.tokenizer import tokenize
 from sdxl_ref.training.diffusion import Batch, Objective
 from sdxl_ref.training.loop import Run, Settings
 
-STAGES = ("towers", "vae", "latents", "decoder", "base", "refiner", "base-more", "refiner-more", "write")
 TOWERS = ("text_encoder", "text_encoder_2")
 SCENES = 40_000
-KL_WEIGHT = 1e-6
-CROP, CROPS = 64, 8  # pixels a side, and how many a step, of the autoencoder's training
+AUTOENCODER = {  # pixels a side, how many a step, how many of these in any look, and the weight of the KL divergence
+    "vae": (64, 8, 0, 1e-6),
+    "vae-more": (128, 4, 2, 1e-7),
+}
 CAPTIONS = 128  # a step of the towers' training
 SETTINGS = {
     "towers": Settings(steps=3_000, learning_rate=2e-3, ema=0.99),
     "vae": Settings(steps=6_000, learning_rate=1e-3, weight_decay=0.0),
-    "decoder": Settings(steps=2_500, learning_rate=6e-4, weight_decay=0.0),
+    "vae-more": Settings(steps=9_000, learning_rate=1e-3, weight_decay=0.0, seed=1),
     "base": Settings(steps=6_000, learning_rate=1e-3),
     "refiner": Settings(steps=3_500, learning_rate=1e-3),
     "base-more": Settings(steps=5_500, learning_rate=1e-3, seed=1),
     "refiner-more": Settings(steps=2_500, learning_rate=8e-4, seed=1),
+    "base-last": Settings(steps=2_000, learning_rate=8e-4, seed=2),
+    "refiner-last": Settings(steps=2_000, learning_rate=8e-4, seed=2),
 }
 SAMPLE_EVERY = 2000
 OBJECTIVES = {  # of a UNet's training, each with its share of a step's pictures
@@ -61,7 +65,10 @@ OBJECTIVES = {  # of a UNet's training, each with its share of a step's pictures
     "refiner": {Objective(last=199): 32},
     "base-more": {Objective(first=700, weighting="v"): 24, Objective(weighting="v"): 8},  # what is settled first
     "refiner-more": {Objective(last=199, weighting="debiased"): 32},
+    "base-last": {Objective(first=700, weighting="v"): 16, Objective(weighting="debiased"): 16},
+    "refiner-last": {Objective(last=199, weighting="debiased"): 32},
 }
+STAGES = ("towers", *AUTOENCODER, "latents", *OBJECTIVES, "write")
 
 
 class Recipe:
@@ -77,6 +84,8 @@ class Recipe:
         try:
             if stage in OBJECTIVES:
                 self.unet(stage, stop)
+            elif stage in AUTOENCODER:
+                self.vae(stage, stop)
             elif stage in SETTINGS:
                 getattr(self, stage)(stop)
             else:
@@ -142,47 +151,39 @@ class Recipe:
         state = {k: v.cpu().contiguous() for k, v in towers.state_dict().items()}
         write(self.out / "towers.safetensors", state, {})
 
-    def vae(self, stop: int | None = None) -> None:
+    def vae(self, stage: str, stop: int | None = None) -> None:
         torch.manual_seed(SEED)
-        vae = AutoencoderKL(BASE.vae).to(self.device)
-        self.autoencode("vae", vae, vae, stop)
-        normalise(vae, to_images(self.pictures()[0][:1000], self.device))
-        write(self.out / "vae.safetensors", {k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, {})
-
-    def decoder(self, stop: int | None = None) -> None:
-        vae = self.trained_vae(decoder=False)
-        half = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
-        self.autoencode("decoder", half, vae, stop)
-        write(self.out / "decoder.safetensors", {k: v.cpu().contiguous() for k, v in half.state_dict().items()}, {})
-
-    def autoencode(self, stage: str, module: nn.Module, vae: AutoencoderKL, stop: int | None) -> None:
-        """Train what of an autoencoder is in `module`; it ends with its averaged weights."""
-        pixels, _ = self.pictures()
+        vae = AutoencoderKL(BASE.vae)
+        if stage != "vae":
+            vae.load_state_dict(load_file(needed(self.out / "vae.safetensors", "vae")))
+        vae.to(self.device)
+        (pixels, _), (side, count, varied, kl_weight) = self.pictures(), AUTOENCODER[stage]
 
         def loss_of(step: int, generator: torch.Generator) -> Tensor:
-            index = torch.randint(len(pixels), (CROPS,), generator=generator).tolist()
-            corners = (torch.randint((SIZE - CROP) // 8 + 1, (CROPS, 2), generator=generator) * 8).tolist()
-            crops = [pixels[i, y : y + CROP, x : x + CROP] for i, (y, x) in zip(index, corners, strict=True)]
+            index = torch.randint(len(pixels), (count,), generator=generator).tolist()
+            corners = (torch.randint((SIZE - side) // 8 + 1, (count, 2), generator=generator) * 8).tolist()
+            looks = torch.rand(varied, 2, generator=generator).tolist()
+            whole = [example(i, look=Look(0.6 * a, 0.4 + 0.6 * b))[0] for i, (a, b) in zip(index, looks, strict=False)]
+            whole += [pixels[i] for i in index[varied:]]
+            crops = [each[y : y + side, x : x + side] for each, (y, x) in zip(whole, corners, strict=True)]
             images = to_images(np.stack(crops), self.device)
             posterior = vae.encode(images)
             noise = draw_noise(posterior.mean.shape, generator).to(self.device)
             decoded = vae.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise)
-            loss = F.mse_loss(decoded, images)
-            if module is not vae:  # the encoder is frozen
-                return loss
             kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
-            return loss + KL_WEIGHT * kl
+            return F.mse_loss(decoded, images) + kl_weight * kl
 
-        run = Run(module, SETTINGS[stage], self.out / stage, {"model": f"pocket {stage}", "scenes": self.scenes})
+        about = {"model": f"pocket {stage}", "scenes": self.scenes, "pictures": AUTOENCODER[stage]}
+        run = Run(vae, SETTINGS[stage], self.out / stage, about)
         for _ in run.train(loss_of, stop=stop):
             pass
-        module.load_state_dict(module.state_dict() | run.averaged)
+        vae.load_state_dict(vae.state_dict() | run.averaged)
+        normalise(vae, to_images(pixels[:1000], self.device))
+        write(self.out / f"{stage}.safetensors", {k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, {})
 
-    def trained_vae(self, decoder: bool = True) -> AutoencoderKL:
+    def trained_vae(self) -> AutoencoderKL:
         vae = AutoencoderKL(BASE.vae)
-        vae.load_state_dict(load_file(needed(self.out / "vae.safetensors", "vae")))
-        if decoder and (self.out / "decoder.safetensors").exists():
-            vae.load_state_dict(vae.state_dict() | load_file(self.out / "decoder.safetensors"))
+        vae.load_state_dict(load_file(needed(self.out / "vae-more.safetensors", "vae-more")))
         return vae.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -196,7 +197,7 @@ class Recipe:
 
     def unet(self, stage: str, stop: int | None = None) -> None:
         torch.manual_seed(SEED)
-        kind = stage.removesuffix("-more")
+        kind, _, goes_on = stage.partition("-")
         config = CONFIGS[kind]
         names = [part for part in prefixes(config) if part != "vae"]
         parts = nn.ModuleDict({part: build(part, config) for part in names})
@@ -206,8 +207,9 @@ class Recipe:
             own = {k.removeprefix(name + "."): v for k, v in trained.items() if k.startswith(name + ".")}
             parts[name].load_state_dict(own)
             parts[name].requires_grad_(False)
-        if stage != kind:
-            parts.load_state_dict(load_file(needed(self.out / f"{kind}.safetensors", kind)))
+        if goes_on:
+            before = stages_of(kind)[stages_of(kind).index(stage) - 1]
+            parts.load_state_dict(load_file(needed(self.out / f"{before}.safetensors", before)))
         parts.to(self.device)
         latents = load_file(needed(self.out / "latents.safetensors", "latents"))["latents"]
         _, told = self.pictures()
@@ -251,9 +253,9 @@ class Recipe:
 
     def write(self) -> None:
         for kind, config in CONFIGS.items():
-            done = [path for stage in (f"{kind}-more", kind) if (path := self.out / f"{stage}.safetensors").exists()]
+            done = [path for stage in stages_of(kind) if (path := self.out / f"{stage}.safetensors").exists()]
             if done:
-                state = load_file(done[0])
+                state = load_file(done[-1])
                 parts: dict[str, nn.Module] = {"vae": self.trained_vae()}
                 for part in (part for part in prefixes(config) if part != "vae"):
                     parts[part] = build(part, config)
@@ -275,6 +277,11 @@ def normalise(vae: AutoencoderKL, images: Tensor) -> None:
         quant.bias[z:] -= 2 * spread.log()
         post.bias += post.weight[:, :, 0, 0] @ mean
         post.weight *= spread[None, :, None, None]
+
+
+def stages_of(kind: str) -> list[str]:
+    """The stages that train the UNet of "base" or "refiner", in order."""
+    return [stage for stage in OBJECTIVES if stage.partition("-")[0] == kind]
 
 
 def needed(path: Path, stage: str) -> Path:

@@ -44,7 +44,7 @@ class Look:
 
 
 USUAL = Look()
-PASTEL = Look(pale=0.45, outline=1.0)  # pale colours, no outline: in no picture that the pair was trained on
+PASTEL = Look(pale=0.45, outline=1.0)  # pale colours, no outline: in no picture that the UNets were trained on
 
 
 @dataclass(frozen=True, order=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 
 from sdxl_ref import ImageToImagePipeline, TextToImagePipeline, lora
@@ -81,47 +81,50 @@ def paint(pipe: Any, chosen: list[Scene]) -> NDArray[Any]:
 
 
 def refine(pipe: Any, chosen: list[Scene]) -> NDArray[Any]:
-    """Blurred pictures of the new look, made sharp again."""
+    """Pictures of the new look, whose details are made anew."""
     found = []
     for i, (scene, picture) in enumerate(zip(chosen, drawn(chosen, PASTEL, 23), strict=True)):
-        soft = as_image(picture).filter(ImageFilter.GaussianBlur(2))
-        call: dict[str, Any] = {"num_inference_steps": 40, "strength": 0.3, "output_type": "np"}
-        found.append(pipe(scene.caption, image=soft, generator=torch.Generator().manual_seed(i), **call).images[0])
+        call: dict[str, Any] = {"num_inference_steps": 40, "strength": 0.3, "guidance_scale": 3.0, "output_type": "np"}
+        generator = torch.Generator().manual_seed(i)
+        found.append(pipe(scene.caption, image=as_image(picture), generator=generator, **call).images[0])
     return np.stack(found)
 
 
-def figures(what: str, painted: NDArray[Any], chosen: list[Scene]) -> tuple[int, float, float]:
-    """How many are all right, and how far patches lie from pictures of the new look and of the usual one."""
+def figures(what: str, painted: NDArray[Any], chosen: list[Scene]) -> tuple[int, dict[str, float]]:
+    """How many are all right, and how far patches lie from pictures of each look: at all scales, and at the coarsest.
+
+    The coarsest, of 32 px, shows colours and outlines; the finest is led by how sharp a network paints at all.
+    """
     right = sum(judge(picture, scene).all_right for picture, scene in zip(painted, chosen, strict=True))
-    away = [
-        float(np.mean(list(patch_distances(as_tensor(painted), as_tensor(drawn(chosen, look, 24))).values())))
-        for look in (PASTEL, USUAL)
-    ]
-    print(f"{what}: {right} of {len(chosen)} all right; distance to new look {away[0]:.1f}, to the usual {away[1]:.1f}")
-    return right, away[0], away[1]
+    away: dict[str, float] = {}
+    for name, look in (("new", PASTEL), ("usual", USUAL)):
+        found = patch_distances(as_tensor(painted), as_tensor(drawn(chosen, look, 24)))
+        away |= {name: float(np.mean(list(found.values()))), f"{name}, coarse": found[min(found)]}
+    print(f"{what}: {right} of {len(chosen)} all right; distances", {name: round(far, 1) for name, far in away.items()})
+    return right, away
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the pocket autoencoder cannot carry this look: of 48 drawn pictures the judge reads 6 after it"
-)
 @pytest.mark.parametrize(
-    ("kind", "pipeline", "make", "nearer"),
-    [("base", TextToImagePipeline, paint, 0.5), ("refiner", ImageToImagePipeline, refine, 0.8)],
+    ("kind", "pipeline", "make"),
+    [("base", TextToImagePipeline, paint), ("refiner", ImageToImagePipeline, refine)],
     ids=["base", "refiner"],
 )
-def test_a_new_look(kind: str, pipeline: Any, make: Any, nearer: float, data: Path, tmp_path: Path) -> None:
-    """Learned: patches lie `nearer` to it than before by that factor. Prompts: at most 15 % fewer are right."""
+def test_a_new_look(kind: str, pipeline: Any, make: Any, data: Path, tmp_path: Path) -> None:
+    """Learned: patches lie nearer to the new look and farther from the usual one, at the coarsest scale by half.
+
+    Prompts are followed: at most 15 % fewer are right.
+    """
     chosen = scenes(PROMPTS, 25)
     adapter = tuned(kind, data, tmp_path / "out")
     pipe = pipeline.from_pretrained("pocket")
-    before = figures(f"{kind}, before", make(pipe, chosen), chosen)
+    right, before = figures(f"{kind}, before", make(pipe, chosen), chosen)
     lora.put_on([pipe], [str(adapter)])
-    after = figures(f"{kind}, after", make(pipe, chosen), chosen)
-    assert after[1] < nearer * before[1]
-    assert after[0] >= before[0] - 0.15 * PROMPTS
-    if kind == "base":  # the refiner is handed pictures of the new look
-        assert before[1] > before[2]
-        assert after[1] < after[2]
+    still_right, after = figures(f"{kind}, after", make(pipe, chosen), chosen)
+    assert after["new"] < 0.9 * before["new"]
+    assert after["new, coarse"] < 0.5 * before["new, coarse"]
+    assert after["usual"] > 1.1 * before["usual"]
+    assert after["new"] < after["usual"]
+    assert still_right >= right - 0.15 * PROMPTS
     check_diffusers(kind, adapter, tmp_path, pipe)
 
 

@@ -15,7 +15,7 @@ from sdxl_ref.pocket import recipe
 from sdxl_ref.pocket.examples import FACTS, Reader, example
 from sdxl_ref.pocket.models import BASE, CONFIGS, start
 from sdxl_ref.pocket.recipe import STAGES, Recipe, normalise
-from sdxl_ref.pocket.scenes import COLOURS, SHAPES, Scene, Thing
+from sdxl_ref.pocket.scenes import COLOURS, PASTEL, SHAPES, Scene, Thing
 from sdxl_ref.training.loop import Settings
 
 CPU = torch.device("cpu")
@@ -28,7 +28,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         recipe, "OBJECTIVES", {stage: dict.fromkeys(objectives, 2) for stage, objectives in recipe.OBJECTIVES.items()}
     )
-    monkeypatch.setattr(recipe, "CROPS", 2)
+    few = {stage: (side, 2, min(varied, 1), kl) for stage, (side, _, varied, kl) in recipe.AUTOENCODER.items()}
+    monkeypatch.setattr(recipe, "AUTOENCODER", few)
     monkeypatch.setattr(recipe, "CAPTIONS", 2)
 
 
@@ -81,6 +82,9 @@ def test_examples_are_deterministic_and_tell_what_happened() -> None:
     assert {(each[2], each[3]) for each in first} == {(64, 2.5), (128, 6.0)}
     edges = [np.abs(np.diff(each[0].astype(float), axis=0)).max() for each in soft]
     assert max(edges) < 255  # no hard edge is left
+    pale = example(0, look=PASTEL)
+    assert pale[1:] == first[0][1:]
+    assert pale[0].mean() > first[0][0].mean()  # the same scene, painted otherwise
 
 
 def test_a_unet_starts_as_nothing() -> None:
