@@ -37,7 +37,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Run the notebooks, their solutions too, and keep the fresh outputs.
+# Run the notebooks and their solutions, check what they say, and keep the fresh outputs.
 notebooks: .venv/installed-dev
 	$(BIN)/python tests/test_notebooks.py
 
