@@ -171,7 +171,7 @@ def train(a: argparse.Namespace, choice: Choice | None, settings: Settings, devi
         "pictures of a step": a.batch_size * place_in_world()[1],
         "dtype": a.dtype,
     }
-    check_same(a.out, about)  # before hours of encoding
+    check_same(a.out, about, partly=True)  # before hours of encoding
     say(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
     towers = {
         part: checkpoint.load(part, dtype, device) for part in prefixes(config) if part.startswith("text_encoder")

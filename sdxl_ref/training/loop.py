@@ -210,8 +210,11 @@ class Run:
             csv.writer(file).writerows([COLUMNS, *kept])
 
 
-def check_same(folder: Path, identity: Mapping[str, object]) -> dict[str, str]:
-    """The metadata of the state in a folder, none if there is no state; InputError where it is of another run."""
+def check_same(folder: Path, identity: Mapping[str, object], partly: bool = False) -> dict[str, str]:
+    """The metadata of the state in a folder, none if there is no state; InputError where it is of another run.
+
+    `partly`: the identity is not all there is to one, and is compared as far as it goes.
+    """
     path = folder / STATE
     if not path.exists():
         return {}
@@ -222,8 +225,10 @@ def check_same(folder: Path, identity: Mapping[str, object]) -> dict[str, str]:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         remedy = "delete it to start over, or use another folder"
         raise InputError(f"{path} is no state of a run, or a damaged one ({error}): {remedy}") from error
-    for key, wanted in json.loads(json.dumps(identity)).items():
-        if (held := found.get(key)) != wanted:
+    known = json.loads(json.dumps(identity))
+    for key in known if partly else known | found:
+        held, wanted = found.get(key), known.get(key)
+        if held != wanted:
             for name in wanted if isinstance(held, dict) and isinstance(wanted, dict) else ():
                 if held.get(name) != wanted[name]:  # the first of its entries that differs
                     key, held, wanted = f"{key}: {name}", held.get(name), wanted[name]

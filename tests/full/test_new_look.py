@@ -106,14 +106,15 @@ def figures(what: str, painted: NDArray[Any], chosen: list[Scene]) -> tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("kind", "pipeline", "make"),
-    [("base", TextToImagePipeline, paint), ("refiner", ImageToImagePipeline, refine)],
+    ("kind", "pipeline", "make", "nearer"),
+    [("base", TextToImagePipeline, paint, 0.7), ("refiner", ImageToImagePipeline, refine, 0.8)],
     ids=["base", "refiner"],
 )
-def test_a_new_look(kind: str, pipeline: Any, make: Any, data: Path, tmp_path: Path) -> None:
-    """Learned: patches lie nearer to the new look and farther from the usual one, at the coarsest scale by half.
+def test_a_new_look(kind: str, pipeline: Any, make: Any, nearer: float, data: Path, tmp_path: Path) -> None:
+    """Learned: patches lie `nearer` to the new look by that factor, at the coarsest scale by half, and farther from the
+    usual one. Prompts are followed: at most 15 % fewer are right.
 
-    Prompts are followed: at most 15 % fewer are right.
+    The base cannot come to half: to the look that it was trained on it lies at 62, which is 0.52 of its first 119.
     """
     chosen = scenes(PROMPTS, 25)
     adapter = tuned(kind, data, tmp_path / "out")
@@ -121,10 +122,12 @@ def test_a_new_look(kind: str, pipeline: Any, make: Any, data: Path, tmp_path: P
     right, before = figures(f"{kind}, before", make(pipe, chosen), chosen)
     lora.put_on([pipe], [str(adapter)])
     still_right, after = figures(f"{kind}, after", make(pipe, chosen), chosen)
-    assert after["new"] < 0.9 * before["new"]
+    assert after["new"] < nearer * before["new"]
     assert after["new, coarse"] < 0.5 * before["new, coarse"]
     assert after["usual"] > 1.1 * before["usual"]
     assert after["new"] < after["usual"]
+    if kind == "base":  # the refiner is handed pictures of the new look
+        assert before["new"] > before["usual"]
     assert still_right >= right - 0.15 * PROMPTS
     check_diffusers(kind, adapter, tmp_path, pipe)
 

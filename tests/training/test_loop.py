@@ -167,6 +167,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         train(tmp_path, settings=replace(SETTINGS, learning_rate=1e-3))
     with pytest.raises(InputError, match="another model"):
         Run(module(), SETTINGS, tmp_path, {"model": "a large one"})
+    with pytest.raises(InputError, match="another model"):
+        Run(module(), SETTINGS, tmp_path, {})
     with pytest.raises(InputError, match=r"of another model \(differs in 2\.bias"):
         Run(module()[:2], SETTINGS, tmp_path, {"model": "a small one"})  # type: ignore[index]
     with pytest.raises(InputError, match="nothing to train"):
