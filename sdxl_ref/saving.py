@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,17 +32,25 @@ def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
 
 
 def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write beside the target, then rename: an older file stays whole until the new one is. InputError on failure.
+    """Write a safetensors file in the place of an older one. See `replacing`."""
+    with replacing(path) as beside:
+        save_file(state, beside, metadata)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside the target, then renamed: an older one stays whole until then. InputError on failure.
 
     A process that is killed meanwhile leaves a folder beside it: `clear` deletes it.
     """
     try:
         with TemporaryDirectory(prefix=PREFIX, suffix=".part", dir=path.parent) as folder:
-            beside = Path(folder) / "new"
-            save_file(state, beside, metadata)
+            yield (beside := Path(folder) / "new")
             mask = os.umask(0)  # safetensors writes for the owner alone
             os.umask(mask)
             beside.chmod(0o666 & ~mask)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())  # or a power cut could leave a renamed file of zeros
             beside.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from error

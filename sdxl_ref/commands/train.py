@@ -9,7 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
-from sdxl_ref.checkpoint import Checkpoint, open_checkpoint, prefixes
+from sdxl_ref.checkpoint import Checkpoint, build_empty, open_checkpoint, prefixes
 from sdxl_ref.commands.common import pick_device, seed
 from sdxl_ref.config import InputError
 from sdxl_ref.hub import resolve
-from sdxl_ref.training.adapters import Choice, attach
+from sdxl_ref.training.adapters import Choice, attach, chosen
 from sdxl_ref.training.data import Dataset, read_folder
 from sdxl_ref.training.diffusion import WEIGHTINGS, Objective, checkpoint_activations
 from sdxl_ref.training.finetune import (
+    ADAPTERS,
     CHECKPOINT,
     FineTuning,
     Loss,
@@ -34,7 +35,7 @@ from sdxl_ref.training.finetune import (
     write_adapter,
     write_checkpoint,
 )
-from sdxl_ref.training.loop import Run, Settings, check_same
+from sdxl_ref.training.loop import Run, Settings, check_same, locked
 
 EPILOG = """DATA is a folder of pictures with a file metadata.jsonl, one line for each picture:
 
@@ -91,13 +92,17 @@ def run(a: argparse.Namespace) -> None:
     with processes(a.device) as device:
         rank, world = place_in_world()
         try:
-            train(a, choice, settings, device)
+            checkpoint = open_checkpoint(resolve(a.checkpoint))
+            about = identity(a, checkpoint, choice, settings)
+            with alone_in(a.out):
+                train(a, checkpoint, choice, settings, about, device)
         except InputError:
             if rank:  # the first process tells of it
                 raise SystemExit(2) from None
             raise
         except (RuntimeError, ConnectionError) as error:
-            if world == 1 or isinstance(error, torch.OutOfMemoryError):
+            lost = isinstance(error, (ConnectionError, distributed.DistError)) or "gloo" in str(error)
+            if world == 1 or not lost:
                 raise
             state = "start it again with the same command: it goes on from the last saved state"
             print(f"sdxl-ref: error: another process of this run ended; {state}", file=sys.stderr)
@@ -138,9 +143,12 @@ def objective(a: argparse.Namespace, kind: str) -> Objective:
 def processes(name: str) -> Iterator[torch.device]:
     """Join the other processes that torchrun started, if it did; the device of this one."""
     device = pick_device(name)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield device
         return
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise InputError(f"expected torchrun's variables, found no {', '.join(missing)}: use it, or unset WORLD_SIZE")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -151,27 +159,72 @@ def processes(name: str) -> Iterator[torch.device]:
         distributed.destroy_process_group()
 
 
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process does what follows while the others wait; then they do. Where it fails, they end."""
+    rank, world = place_in_world()
+    done = [False]
+    if rank:
+        distributed.broadcast_object_list(done)
+        if not done[0]:
+            raise InputError("the first process failed")
+    try:
+        yield
+        done = [True]
+    finally:
+        if world > 1 and rank == 0:
+            distributed.broadcast_object_list(done)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other run works in a folder meanwhile: the first process holds it for all. InputError where one does."""
+    with ExitStack() as held:
+        with first_alone():
+            if place_in_world()[0] == 0:
+                held.enter_context(locked(folder))
+        yield
+
+
 def say(*lines: str) -> None:
     if place_in_world()[0] == 0:
         for line in lines:
             print(line, flush=True)
 
 
-def train(a: argparse.Namespace, choice: Choice | None, settings: Settings, device: torch.device) -> None:
-    checkpoint = open_checkpoint(resolve(a.checkpoint))
-    config, dtype = checkpoint.config, getattr(torch, a.dtype)
-    aim = objective(a, config.kind)
+def identity(
+    a: argparse.Namespace, checkpoint: Checkpoint, choice: Choice | None, settings: Settings
+) -> dict[str, object]:
+    """What is trained how, data aside. InputError where --out or the layers forbid it, before hours of encoding."""
     if a.full and (a.out / CHECKPOINT).exists() and (a.out / CHECKPOINT).samefile(checkpoint.path):
         raise InputError(f"the result would replace the checkpoint, {checkpoint.path}: choose another --out")
     about: dict[str, object] = {
         "settings": asdict(settings),
         "checkpoint": checkpoint.sha256(),
         "lora": asdict(choice) if choice else None,
-        "objective": asdict(aim),
+        "objective": asdict(objective(a, checkpoint.config.kind)),
         "pictures of a step": a.batch_size * place_in_world()[1],
         "dtype": a.dtype,
     }
-    check_same(a.out, about, partly=True)  # before hours of encoding
+    if not check_same(a.out, about, partly=True):
+        for path in (a.out / name for name in (CHECKPOINT, *ADAPTERS.values()) if (a.out / name).exists()):
+            raise InputError(f"found {path}, but no state of the run that wrote it: move it, or choose another --out")
+    if choice:
+        parts = {part: build_empty(part, checkpoint.config) for part in prefixes(checkpoint.config) if part != "vae"}
+        chosen(parts, checkpoint.config, choice)
+    return about
+
+
+def train(
+    a: argparse.Namespace,
+    checkpoint: Checkpoint,
+    choice: Choice | None,
+    settings: Settings,
+    about: dict[str, object],
+    device: torch.device,
+) -> None:
+    config, dtype = checkpoint.config, getattr(torch, a.dtype)
+    aim = objective(a, config.kind)
     say(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
     towers = {
         part: checkpoint.load(part, dtype, device) for part in prefixes(config) if part.startswith("text_encoder")
@@ -215,13 +268,9 @@ def dataset(
     vae = checkpoint.load("vae", torch.float32, device)
     parts = {"vae": vae, **towers}
     fingerprints = {name: fingerprint(part) for name, part in parts.items()}
-    rank, world = place_in_world()
-    if rank:
-        distributed.barrier()
     where = a.out / "cache", checkpoint.config
-    data = Dataset(examples, *where, parts, fingerprints, cache_text=not a.text_encoders, skip_bad=a.skip_bad)
-    if world > 1 and rank == 0:
-        distributed.barrier()
+    with first_alone():
+        data = Dataset(examples, *where, parts, fingerprints, cache_text=not a.text_encoders, skip_bad=a.skip_bad)
     sizes = ", ".join(f"{height}x{width}: {n}" for (height, width), n in sorted(Counter(data.sizes).items()))
     say(*data.notes, f"{len(data)} pictures by size (height x width): {sizes}")
     return data

@@ -84,19 +84,25 @@ def attach(parts: Mapping[str, nn.Module], config: ModelConfig, choice: Choice) 
     """
     for network in parts.values():
         network.requires_grad_(False)
-    factors: dict[str, LowRank] = {}
+    return nn.ModuleDict(
+        {name: _put(parts[place.part], place, choice) for name, place in chosen(parts, config, choice).items()}
+    )
+
+
+def chosen(parts: Mapping[str, nn.Module], config: ModelConfig, choice: Choice) -> dict[str, Place]:
+    """The places that are to learn, by kohya's names, from networks that need no memory. InputError where none is."""
+    found: dict[str, Place] = {}
     for part, network in parts.items():
         if part == "unet" or choice.text_encoders:
             names = names_of(part, config, "kohya")
-            for place in chosen(part, network, config, choice):
-                factors[names[place]] = _put(network, place, choice)
-    if not factors:
+            found |= {names[place]: place for place in _chosen(part, network, config, choice)}
+    if not found:
         example = "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"
         raise InputError(f"no layer has a name with {choice.layers!r} in it: names are such as {example}")
-    return nn.ModuleDict(factors)
+    return found
 
 
-def chosen(part: str, network: nn.Module, config: ModelConfig, choice: Choice) -> list[Place]:
+def _chosen(part: str, network: nn.Module, config: ModelConfig, choice: Choice) -> list[Place]:
     """The places of a part that are to learn."""
     names: dict[Place, list[str]] = {}
     for name, place in layouts.places(part, part_rules(part, config)[1]).items():

@@ -138,7 +138,7 @@ class Shards:
     """Rows by their key, in files `KIND-*.safetensors` of a folder: at most ROWS of one shape in each.
 
     A file's name comes from the keys in it; its metadata say of each row what it was made of (`facts`), of which the
-    key is the hash. A damaged file counts as not there.
+    key is the hash. A file that was cut short counts as not there.
     """
 
     def __init__(self, folder: Path) -> None:

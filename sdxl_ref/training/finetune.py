@@ -120,6 +120,9 @@ def write_adapter(folder: Path, config: ModelConfig, factors: nn.ModuleDict, run
     """What was learned, as a file in kohya's form and one in PEFT's."""
     adapter, metadata = learned(factors, run.averaged), lora_forms.metadata(config)
     paths = [folder / name for name in ADAPTERS.values()]
+    for place, layer in adapter.layers.items():
+        if not (is_finite(layer.down) and is_finite(layer.up)):
+            raise InputError(f"the LoRA of {place.part}.{place.key} is not finite: use a lower learning rate")
     for form, path in zip(ADAPTERS, paths, strict=True):
         write(path, lora_forms.tensors(adapter, config, form), metadata)
     return paths

@@ -11,12 +11,14 @@ import csv
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sdxl_ref.config import InputError
-from sdxl_ref.saving import clear, write
+from sdxl_ref.saving import clear, replacing, write
+
+if sys.platform != "win32":
+    import fcntl
 
 STATE, LOG = "state.safetensors", "log.csv"
 COLUMNS = ("step", "loss", "gradient_norm", "learning_rate", "seconds")
@@ -49,8 +54,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("accumulate", 1), ("warm_up", 0), ("learning_rate", 0), ("weight_decay", 0)):
-            if not least <= (value := getattr(self, name)) < math.inf:
-                raise InputError(f"{name.replace('_', ' ')} must be a finite number, at least {least}, found {value}")
+            if not least <= (value := getattr(self, name)) <= 1e9:
+                raise InputError(f"{name.replace('_', ' ')} must be a number from {least} to 1e9, found {value}")
         if not 0 <= self.ema < 1:
             raise InputError(f"the decay of the averaged weights must be at least 0 and below 1, found {self.ema}")
 
@@ -89,12 +94,14 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.weights.values(), settings.learning_rate, **options)  # type: ignore[arg-type]
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / STATE).exists():
+        if held := (folder / STATE).exists():
             self._go_on()
         self.whole = True  # False while a step changes the weights
         if self.leads:
             self._cut_log()
             clear(folder)
+            if not held:
+                self.save()  # from now on the folder is this run's, and there is room for it
 
     def train(self, loss_of: Loss, save_every: int = 1000, stop: int | None = None) -> Iterator[int]:
         """Go on to the end, or to step `stop`; yields the number of steps done after each, for samples or for a look.
@@ -143,6 +150,8 @@ class Run:
         for what, number in (("loss", value), ("gradients' norm", norm)):
             if not math.isfinite(number):
                 remedy = f"use a lower learning rate (it is {s.learning_rate}), in another folder"
+                if self.step == 0:
+                    remedy = "no step was made yet, so the weights or the data are to blame: look at both"
                 raise InputError(f"the {what} is {number} at step {self.step}: {remedy}")
         rate = s.rate(self.step)
         for group in self.optimizer.param_groups:
@@ -204,10 +213,42 @@ class Run:
     def _cut_log(self) -> None:
         """Keep the rows up to the step that the state stands at: those after it are computed again."""
         path = self.folder / LOG
-        rows = list(csv.reader(path.open(newline=""))) if path.exists() else []
-        kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= self.step]
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *kept])
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            rows = list(csv.reader(text.splitlines()))
+        except (OSError, csv.Error) as error:
+            raise InputError(f"could not read the log of the run, {path} ({error}): move it away") from error
+        if rows[:1] not in ([], [list(COLUMNS)]):
+            expected = f"expected a log of a run, whose first line is {','.join(COLUMNS)}"
+            raise InputError(f"{expected}, found {','.join(rows[0])[:60]!r} in {path}: move it, or use another folder")
+        kept = [row for row in rows if row and row[0].isdecimal() and int(row[0]) <= self.step]
+        if rows != [list(COLUMNS), *kept]:
+            with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([COLUMNS, *kept])
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No other process works in a folder meanwhile; InputError where one does. Ends with the process, however it ends.
+
+    A file system that has no locks (and Windows) is trusted.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"could not write to the folder {folder}: {error.strerror}") from error
+    with file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another run is at work in {folder}: wait for its end, or use another folder"
+                ) from error
+            except OSError:
+                pass
+        yield
 
 
 def check_same(folder: Path, identity: Mapping[str, object], partly: bool = False) -> dict[str, str]:
@@ -221,13 +262,14 @@ def check_same(folder: Path, identity: Mapping[str, object], partly: bool = Fals
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-        found, _ = json.loads(metadata["identity"]), int(metadata["step"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        found, _ = dict(json.loads(metadata["identity"])), int(metadata["step"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         remedy = "delete it to start over, or use another folder"
         raise InputError(f"{path} is no state of a run, or a damaged one ({error}): {remedy}") from error
     known = json.loads(json.dumps(identity))
     for key in known if partly else known | found:
-        held, wanted = found.get(key), known.get(key)
+        held: Any = found.get(key)
+        wanted = known.get(key)
         if held != wanted:
             for name in wanted if isinstance(held, dict) and isinstance(wanted, dict) else ():
                 if held.get(name) != wanted[name]:  # the first of its entries that differs

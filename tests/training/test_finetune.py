@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peers
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
 
 from sdxl_ref import lora
 from sdxl_ref.checkpoint import build, open_checkpoint, prefixes
@@ -26,7 +27,7 @@ from sdxl_ref.cli import main
 from sdxl_ref.config import InputError
 from sdxl_ref.ecosystem import ImageToImagePipeline
 from sdxl_ref.saving import save_checkpoint
-from sdxl_ref.training.loop import STATE
+from sdxl_ref.training.loop import STATE, locked
 
 CONFIGS = {
     kind: replace(config, resolution=128)
@@ -278,8 +279,8 @@ BAD = {
     "layers that match nothing": ({"layers": "attn9"}, None, "no layer has a name with 'attn9' in it"),
     "a rank for a full run": ({"full": None, "rank": "4"}, None, "--rank is a LoRA's"),
     "steps past the range": ({"timesteps": "0 1000"}, None, "must lie in 0 to 999"),
-    "no steps": ({"steps": "0"}, None, "steps must be a finite number, at least 1, found 0"),
-    "an endless rate": ({"learning-rate": "inf"}, None, "learning rate must be a finite number, at least 0, found inf"),
+    "no steps": ({"steps": "0"}, None, "steps must be a number from 1 to 1e9, found 0"),
+    "an endless rate": ({"learning-rate": "inf"}, None, "learning rate must be a number from 0 to 1e9, found inf"),
     "an alpha of 0": ({"alpha": "0"}, None, "alpha of a LoRA must be a finite number above 0, found 0"),
     "no pictures a batch": ({"batch-size": "0"}, None, "--batch-size must be at least 1, found 0"),
     "the pair without its half": ({"checkpoint": "pocket"}, None, "expected one of pocket-refiner, pocket-base"),
@@ -321,6 +322,92 @@ def test_a_run_is_not_gone_on_with_by_another(
     assert main([word if word != str(data) else str(other) for word in words]) == 2
     assert all(path.read_bytes() == content for path, content in cached.items())  # hours of work on a large set
     assert files == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
+
+
+def test_what_is_in_the_folder_is_not_overwritten(
+    refiner: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results whose state was deleted, and a folder in which another run is at work."""
+    words = command(refiner, data, tmp_path, "--steps", "1", "--rank", "2")
+    adapter = tmp_path / "lora_peft.safetensors"
+    adapter.write_bytes(b"precious")
+    assert main(words) == 2
+    assert "lora_peft.safetensors, but no state of the run that wrote it: move it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [adapter.name]
+    assert adapter.read_bytes() == b"precious"
+    adapter.unlink()
+    with locked(tmp_path):
+        assert main(words) == 2
+    assert "another run is at work in" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_layers_that_match_nothing_are_refused_before_anything_is_made(
+    refiner: Path, data: Path, tmp_path: Path
+) -> None:
+    assert main(command(refiner, data, tmp_path / "out", "--layers", "attn9")) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_told_once_by_two_processes(refiner: Path, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "pictures")
+    (folder / "0.png").write_bytes(b"broken")
+    together = launch(command(refiner, folder, tmp_path / "out"), 2)
+    _, errors = together.communicate(timeout=300)
+    assert together.returncode != 0
+    [told] = [line for line in errors.splitlines() if line.startswith("sdxl-ref: ")]
+    assert "0.png" in told
+    assert "--skip-bad" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("shapes cannot be multiplied"), RuntimeError),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), SystemExit),
+        (distributed.DistNetworkError("reset"), SystemExit),
+    ],
+)
+def test_only_a_lost_process_is_told_as_one(
+    error: Exception, raised: type[BaseException], refiner: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from sdxl_ref.commands import train
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "identity", fail)
+    monkeypatch.setattr(train, "place_in_world", lambda: (0, 2))
+    with pytest.raises(raised):
+        main(command(refiner, data, tmp_path))
+
+
+def test_half_of_torchruns_variables(
+    refiner: Path, data: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for count in ("2", ""):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        assert main(command(refiner, data, tmp_path)) == 2
+        assert "expected torchrun's variables, found no RANK, LOCAL_RANK" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(
+    refiner: Path, data: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sdxl_ref.training import finetune
+
+    def spoiled(factors: Any, averaged: Any) -> Any:
+        adapter = learned(factors, averaged)
+        next(iter(adapter.layers.values())).up[0, 0] = torch.inf
+        return adapter
+
+    learned = finetune.learned
+    monkeypatch.setattr(finetune, "learned", spoiled)
+    assert main(command(refiner, data, tmp_path, "--steps", "1", "--rank", "2")) == 2
+    assert "is not finite: use a lower learning rate" in capsys.readouterr().err
+    assert not list(tmp_path.glob("lora_*"))
 
 
 def test_the_result_never_replaces_the_checkpoint(

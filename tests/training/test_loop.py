@@ -2,18 +2,20 @@
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
 from sdxl_ref.saving import PREFIX
-from sdxl_ref.training.loop import LOG, STATE, Run, Settings
+from sdxl_ref.training.loop import LOG, STATE, Run, Settings, locked
 
 SETTINGS = Settings(steps=12, learning_rate=1e-2, warm_up=3, seed=5)
 
@@ -85,6 +87,9 @@ def test_an_error_in_the_loss_saves_what_was_reached(tmp_path: Path) -> None:
     run = Run(net, SETTINGS, tmp_path, {})
     with pytest.raises(InputError, match="loss is nan at step 3: use a lower learning rate"):
         list(run.train(loss_of))
+    at_once = Run(module(), SETTINGS, tmp_path / "other", {})
+    with pytest.raises(InputError, match="loss is nan at step 0: no step was made yet"):
+        list(at_once.train(lambda step, generator: loss_of(3, generator)))
     assert Run(module(), SETTINGS, tmp_path, {}).step == 3
 
 
@@ -106,11 +111,12 @@ def test_a_gradient_that_is_not_finite_is_no_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps must be a finite number, at least 1, found 0"),
+        ({"steps": 0}, "steps must be a number from 1 to 1e9, found 0"),
         ({"accumulate": 0}, "accumulate must be"),
-        ({"warm_up": -5}, "warm up must be a finite number, at least 0, found -5"),
+        ({"warm_up": -5}, "warm up must be a number from 0 to 1e9, found -5"),
         ({"learning_rate": float("nan")}, "learning rate must be .*found nan"),
         ({"learning_rate": float("inf")}, "learning rate must be .*found inf"),
+        ({"learning_rate": 1e38}, "learning rate must be .*found 1e[+]38"),
         ({"weight_decay": -1.0}, "weight decay must be .*found -1"),
         ({"ema": 1.0}, "averaged weights must be at least 0 and below 1, found 1"),
         ({"ema": float("nan")}, "averaged weights must be .*found nan"),
@@ -144,10 +150,63 @@ def test_a_damaged_state_or_log_is_told_in_one_line(left: bytes | None, tmp_path
     with pytest.raises(InputError, match=r"is no state of a run, or a damaged one .*delete it to start over"):
         train(tmp_path)
     path.write_bytes(whole)
-    with (tmp_path / LOG).open("a") as log:
-        log.write("\n\nabc,1\n")  # opened in an editor
+    with (tmp_path / LOG).open("ab") as log:
+        log.write(b"\n\nabc,1\n\xff\xff\n\xc2\xb2,1\n")  # opened in an editor; not UTF-8; a digit that is no number
     train(tmp_path)
     assert [int(row["step"]) for row in csv.DictReader((tmp_path / LOG).open())] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("identity", ["[]", "5", '{"settings": 1'])
+def test_a_state_that_says_nothing_of_its_run_is_refused(identity: str, tmp_path: Path) -> None:
+    save_file({"weights.a": torch.zeros(1)}, tmp_path / STATE, {"identity": identity, "step": "0"})
+    with pytest.raises(InputError, match=r"is no state of a run|holds a run with another settings"):
+        train(tmp_path)
+
+
+def test_a_folder_is_a_runs_own_before_its_first_step(tmp_path: Path) -> None:
+    Run(module(), SETTINGS, tmp_path, {"data": "mine"})
+    with pytest.raises(InputError, match="a run with another data"):
+        Run(module(), SETTINGS, tmp_path, {"data": "yours"})
+
+
+def test_the_log_is_never_half_written_nor_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk while rows are cut off: the log is what it was. A table of something else is not replaced."""
+    train(tmp_path, stop=3)
+    path = tmp_path / LOG
+    with path.open("a") as log:
+        log.write("4,1,1,1,1\n")
+    before = path.read_bytes()
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(InputError, match=r"could not write .*log\.csv: No space left on device"):
+            train(tmp_path)
+    assert path.read_bytes() == before
+    path.write_text("date,weight\n2020-01-01,70\n")
+    with pytest.raises(InputError, match=r"expected a log of a run.* found 'date,weight'"):
+        train(tmp_path)
+    assert path.read_text() == "date,weight\n2020-01-01,70\n"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="could not read the log"):
+        train(tmp_path)
+
+
+def test_a_folder_is_locked_by_one_process(tmp_path: Path) -> None:
+    hold = f"from pathlib import Path; from sdxl_ref.training.loop import locked\nwith locked(Path({str(tmp_path)!r})):"
+    words = [sys.executable, "-c", f"{hold} print('held', flush=True); input()"]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="another run is at work in"), locked(tmp_path):
+        pass
+    other.kill()  # and no trace of it is left that would have to be deleted
+    other.wait()
+    with locked(tmp_path):
+        pass
 
 
 def test_only_own_leftovers_are_deleted(tmp_path: Path) -> None:
