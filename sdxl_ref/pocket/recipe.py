@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdxl_ref.checkpoint import build, prefixes
+from sdxl_ref.checkpoint import build, prefixes, sha256_of
 from sdxl_ref.config import InputError
 from sdxl_ref.ecosystem import TextToImagePipeline
 from sdxl_ref.networks.vae import AutoencoderKL
@@ -35,11 +37,11 @@ from sdxl_ref.pocket.examples import SEED, Pixels, Reader, Told, example, to_ima
 from sdxl_ref.pocket.judge import judge
 from sdxl_ref.pocket.models import BASE, CLIP, CONFIGS, OPENCLIP, start
 from sdxl_ref.pocket.scenes import SIZE, Look, Scene, random_scene
-from sdxl_ref.saving import save_checkpoint, write
+from sdxl_ref.saving import replacing, save_checkpoint, write
 from sdxl_ref.sheets import contact_sheet
 from sdxl_ref.tokenizer import tokenize
 from sdxl_ref.training.diffusion import Batch, Objective
-from sdxl_ref.training.loop import Run, Settings
+from sdxl_ref.training.loop import Loss, Run, Settings, locked
 
 TOWERS = ("text_encoder", "text_encoder_2")
 SCENES = 40_000
@@ -82,19 +84,46 @@ class Recipe:
         """One stage, timed; the seconds of its pieces add up where it was stopped between."""
         began = time.perf_counter()
         try:
-            if stage in OBJECTIVES:
-                self.unet(stage, stop)
-            elif stage in AUTOENCODER:
-                self.vae(stage, stop)
-            elif stage in SETTINGS:
-                getattr(self, stage)(stop)
-            else:
-                getattr(self, stage)()
+            with locked(self.out / stage) if stage in SETTINGS else nullcontext():
+                if stage in OBJECTIVES:
+                    self.unet(stage, stop)
+                elif stage in AUTOENCODER:
+                    self.vae(stage, stop)
+                elif stage in SETTINGS:
+                    getattr(self, stage)(stop)
+                else:
+                    getattr(self, stage)()
         finally:
             path = self.out / "times.json"
             times = json.loads(path.read_text()) if path.exists() else {}
             times[stage] = round(times.get(stage, 0.0) + time.perf_counter() - began, 1)
-            path.write_text(json.dumps(times))
+            with replacing(path) as beside:
+                beside.write_text(json.dumps(times))
+
+    def made(self, stage: str) -> dict[str, Tensor]:
+        """What a stage has written."""
+        path = self.out / f"{stage}.safetensors"
+        if not path.exists():
+            raise InputError(f"{path} is not there: run the stage {stage!r} first, to its end")
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"could not read {path} ({error}): run the stage {stage!r} again") from error
+
+    def hashes(self, *stages: str) -> dict[str, str]:
+        """sha256 of what stages have written: a stage that learned from it does not go on with another."""
+        return {stage: sha256_of(self.out / f"{stage}.safetensors") for stage in stages}
+
+    def to_the_end(
+        self, stage: str, run: Run, loss_of: Loss, stop: int | None, painters: nn.ModuleDict | None = None
+    ) -> bool:
+        """Train a stage, with sheets of samples on the way. Whether it is at its end and has its result to write."""
+        if run.step == run.settings.steps and (self.out / f"{stage}.safetensors").exists():
+            return False
+        for step in run.train(loss_of, stop=stop):
+            if painters and step % SAMPLE_EVERY == 0:
+                self.sample(painters, run)
+        return run.step == run.settings.steps
 
     def pictures(self) -> tuple[Pixels, list[Told]]:
         """All training pictures (n,128,128,3), and what is told of them; drawn once, kept in files, mapped."""
@@ -136,8 +165,8 @@ class Recipe:
             return torch.stack(losses).mean()
 
         run = Run(whole, SETTINGS["towers"], self.out / "towers", {"model": BASE.to_json()})
-        for _ in run.train(loss_of, stop=stop):
-            pass
+        if not self.to_the_end("towers", run, loss_of, stop):
+            return
         whole.load_state_dict(whole.state_dict() | run.averaged)
         rng = np.random.default_rng(0)
         with torch.no_grad():
@@ -155,7 +184,7 @@ class Recipe:
         torch.manual_seed(SEED)
         vae = AutoencoderKL(BASE.vae)
         if stage != "vae":
-            vae.load_state_dict(load_file(needed(self.out / "vae.safetensors", "vae")))
+            vae.load_state_dict(self.made("vae"))
         vae.to(self.device)
         (pixels, _), (side, count, varied, kl_weight) = self.pictures(), AUTOENCODER[stage]
 
@@ -173,45 +202,51 @@ class Recipe:
             kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
             return F.mse_loss(decoded, images) + kl_weight * kl
 
-        about = {"model": f"pocket {stage}", "scenes": self.scenes, "pictures": AUTOENCODER[stage]}
+        about: dict[str, object] = {"model": f"pocket {stage}", "scenes": self.scenes, "pictures": AUTOENCODER[stage]}
+        if stage != "vae":
+            about["learned from"] = self.hashes("vae")
         run = Run(vae, SETTINGS[stage], self.out / stage, about)
-        for _ in run.train(loss_of, stop=stop):
-            pass
+        if not self.to_the_end(stage, run, loss_of, stop):
+            return
         vae.load_state_dict(vae.state_dict() | run.averaged)
         normalise(vae, to_images(pixels[:1000], self.device))
         write(self.out / f"{stage}.safetensors", {k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, {})
 
     def trained_vae(self) -> AutoencoderKL:
         vae = AutoencoderKL(BASE.vae)
-        vae.load_state_dict(load_file(needed(self.out / "vae-more.safetensors", "vae-more")))
+        vae.load_state_dict(self.made("vae-more"))
         return vae.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def latents(self) -> None:
         """Means of all scenes' latents, scaled, in float16."""
         vae, (pixels, _), found = self.trained_vae(), self.pictures(), []
+        path, about = self.out / "latents.safetensors", {"learned from": json.dumps(self.hashes("vae-more"))}
+        with suppress(FileNotFoundError, SafetensorError), safe_open(path, framework="pt") as file:
+            if file.metadata() == about:
+                return
         for i in tqdm(range(0, self.scenes, 50), desc="latents", disable=None):
             posterior = vae.encode(to_images(pixels[i : i + 50], self.device))
             found.append((posterior.mean * BASE.vae.scale_factor).half().cpu())
-        write(self.out / "latents.safetensors", {"latents": torch.cat(found).contiguous()}, {})
+        write(path, {"latents": torch.cat(found).contiguous()}, about)
 
     def unet(self, stage: str, stop: int | None = None) -> None:
         torch.manual_seed(SEED)
-        kind, _, goes_on = stage.partition("-")
+        kind = stage.partition("-")[0]
         config = CONFIGS[kind]
         names = [part for part in prefixes(config) if part != "vae"]
         parts = nn.ModuleDict({part: build(part, config) for part in names})
         start(parts["unet"])  # type: ignore[arg-type]
-        trained = load_file(needed(self.out / "towers.safetensors", "towers"))
+        trained = self.made("towers")
         for name in (name for name in names if name in TOWERS):
             own = {k.removeprefix(name + "."): v for k, v in trained.items() if k.startswith(name + ".")}
             parts[name].load_state_dict(own)
             parts[name].requires_grad_(False)
-        if goes_on:
-            before = stages_of(kind)[stages_of(kind).index(stage) - 1]
-            parts.load_state_dict(load_file(needed(self.out / f"{before}.safetensors", before)))
+        before = stages_of(kind)[: stages_of(kind).index(stage)][-1:]
+        if before:
+            parts.load_state_dict(self.made(before[0]))
         parts.to(self.device)
-        latents = load_file(needed(self.out / "latents.safetensors", "latents"))["latents"]
+        latents = self.made("latents")["latents"]
         _, told = self.pictures()
         shares = OBJECTIVES[stage]
 
@@ -227,10 +262,10 @@ class Recipe:
 
         objectives = [[asdict(objective), size] for objective, size in shares.items()]
         about = {"model": config.to_json(), "scenes": self.scenes, "objectives": objectives}
+        about["learned from"] = self.hashes("towers", "latents", *before)
         run = Run(parts, SETTINGS[stage], self.out / stage, about)
-        for step in run.train(loss_of, stop=stop):
-            if kind == "base" and step % SAMPLE_EVERY == 0:
-                self.sample(parts, run)
+        if not self.to_the_end(stage, run, loss_of, stop, parts if kind == "base" else None):
+            return
         state = parts.state_dict() | run.averaged
         write(self.out / f"{stage}.safetensors", {k: v.cpu().contiguous() for k, v in state.items()}, {})
 
@@ -255,7 +290,7 @@ class Recipe:
         for kind, config in CONFIGS.items():
             done = [path for stage in stages_of(kind) if (path := self.out / f"{stage}.safetensors").exists()]
             if done:
-                state = load_file(done[-1])
+                state = self.made(done[-1].stem)
                 parts: dict[str, nn.Module] = {"vae": self.trained_vae()}
                 for part in (part for part in prefixes(config) if part != "vae"):
                     parts[part] = build(part, config)
@@ -284,22 +319,21 @@ def stages_of(kind: str) -> list[str]:
     return [stage for stage in OBJECTIVES if stage.partition("-")[0] == kind]
 
 
-def needed(path: Path, stage: str) -> Path:
-    if not path.exists():
-        raise InputError(f"{path} is not there: run the stage {stage!r} first")
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stage", action="append", choices=STAGES, help="one, or several; else all, in order")
-    parser.add_argument("--stop", type=int, help="stop the training of a stage at this step; it goes on another time")
+    parser.add_argument(
+        "--stop", type=int, help="stop the training of a stage at this step, without a result; it goes on another time"
+    )
     a = parser.parse_args()
-    recipe = Recipe(a.out, torch.device(a.device))
-    for stage in a.stage or STAGES:
-        recipe.run(stage, a.stop)
+    try:
+        recipe = Recipe(a.out, torch.device(a.device))
+        for stage in a.stage or STAGES:
+            recipe.run(stage, a.stop)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

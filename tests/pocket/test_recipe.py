@@ -1,13 +1,14 @@
 """The recipe at toy length: every stage runs, goes on, and ends in two files that open; and its exact parts."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdxl_ref.checkpoint import build, open_checkpoint
 from sdxl_ref.config import InputError
@@ -16,7 +17,7 @@ from sdxl_ref.pocket.examples import FACTS, Reader, example
 from sdxl_ref.pocket.models import BASE, CONFIGS, start
 from sdxl_ref.pocket.recipe import STAGES, Recipe, normalise
 from sdxl_ref.pocket.scenes import COLOURS, PASTEL, SHAPES, Scene, Thing
-from sdxl_ref.training.loop import Settings
+from sdxl_ref.training.loop import Settings, locked
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,12 @@ def test_all_stages(tmp_path: Path) -> None:
     made = Recipe(tmp_path, CPU, scenes=50)
     for stage in STAGES:
         made.run(stage, stop=2 if stage == "base" else None)
+        assert (tmp_path / "base.safetensors").exists() == (STAGES.index(stage) > STAGES.index("base"))
         made.run(stage)
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors") if "pocket" not in path.name}
+    for stage in STAGES:  # what is done is not done again
+        made.run(stage)
+    assert done == {path: path.stat().st_mtime_ns for path in done}
     assert set(json.loads((tmp_path / "times.json").read_text())) == set(STAGES)
     for kind, config in CONFIGS.items():
         path = tmp_path / f"pocket_{kind}.safetensors"
@@ -54,6 +60,36 @@ def test_all_stages(tmp_path: Path) -> None:
 def test_a_stage_without_the_one_before_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run the stage 'towers' first"):
         Recipe(tmp_path, CPU, scenes=10).run("base")
+
+
+@pytest.mark.usefixtures("short")
+def test_a_stage_goes_on_only_with_what_it_learned_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Recipe.__init__, "__defaults__", (50,))
+
+    def command(*words: str) -> None:
+        monkeypatch.setattr("sys.argv", ["recipe", "--out", str(tmp_path), *words])
+        recipe.main()
+
+    command("--stage", "towers", "--stage", "vae")
+    command("--stage", "vae-more", "--stop", "1")
+    whole = (tmp_path / "vae.safetensors").read_bytes()
+    other = {name: t + 1 for name, t in load_file(tmp_path / "vae.safetensors").items()}
+    save_file(other, tmp_path / "vae.safetensors")
+    for told in (r"another learned from: vae \(", r"could not read .*vae\.safetensors .*run the stage 'vae' again"):
+        with pytest.raises(SystemExit, match="2"):
+            command("--stage", "vae-more")
+        error = capsys.readouterr().err
+        assert re.search(told, error)
+        assert "Traceback" not in error
+        (tmp_path / "vae.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "vae.safetensors").write_bytes(whole)
+    command("--stage", "vae-more")
+    assert (tmp_path / "vae-more.safetensors").exists()
+    with locked(tmp_path / "vae-more"), pytest.raises(SystemExit, match="2"):
+        command("--stage", "vae-more")
+    assert "another run is at work" in capsys.readouterr().err
 
 
 def test_normalising_is_exact_and_leaves_the_pictures_alone() -> None:
