@@ -12,20 +12,24 @@ from sdxl_ref.commands.common import writable
 from sdxl_ref.config import InputError
 from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.pocket.evaluate import (
+    GROUPS,
     HOW,
     LEVELS,
+    UNDER_200,
     Painters,
     Share,
     denoising_errors,
     distances,
     gain,
+    nearer,
     prompts,
     redrawn,
     scores,
     vae_quality,
 )
+from sdxl_ref.saving import replacing
 
-UNDER_200 = tuple(range(0, 200, 10))  # steps that stand for 0..199
+FILES = ("evaluation.json", "evaluation.md", "evaluation.png")
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -43,9 +47,12 @@ def run(a: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputError("the chart needs matplotlib: pip install 'sdxl-ref[notebooks]'") from error
     chosen = prompts(a.prompts)
-    writable(a.out if not a.out.is_dir() else a.out / "evaluation.json")
+    if a.out.exists() and not a.out.is_dir():
+        raise InputError(f"expected a folder, or the name of a new one, as --out, found the file {a.out}")
+    writable(*((a.out / name for name in FILES) if a.out.is_dir() else [a.out]))
     base = TextToImagePipeline.from_single_file(a.base)
     refiner = ImageToImagePipeline.from_single_file(a.refiner)
+    painters = Painters(base, refiner, a.steps, a.guidance_scale)
     began = time.perf_counter()
     figures: dict[str, Any] = {"prompts": a.prompts, "steps": a.steps, "guidance_scale": a.guidance_scale}
     figures["vae_psnr"] = vae_quality(base.vae, chosen.drawn)
@@ -54,20 +61,22 @@ def run(a: argparse.Namespace) -> None:
     figures["errors"] = {name: each.mean(dim=1).tolist() for name, each in zip(("base", "refiner"), every, strict=True)}
     under = denoising_errors(base, chosen, UNDER_200), denoising_errors(refiner, chosen, UNDER_200)
     figures["gain"] = gain(*under)
-    painters = Painters(base, refiner, a.steps, a.guidance_scale)
     captions = [scene.caption for scene in chosen.all]
-    for how in HOW:
-        painted = painters.paint(how, captions)
-        figures[how] = {"scores": scores(painted, chosen), "distances": distances(painted, chosen)}
+    painted = {how: painters.paint(how, captions) for how in HOW}
+    for how, pictures in painted.items():
+        figures[how] = {"scores": scores(pictures, chosen), "distances": distances(pictures, chosen)}
+    figures["nearer"] = nearer(painted["base alone"], painted["ensemble"], chosen)
     figures["drawn"] = {"scores": scores(chosen.drawn, chosen), "distances": distances(redrawn(chosen), chosen)}
     figures["seconds"] = time.perf_counter() - began
+    print(text := report(figures), flush=True)
     a.out.mkdir(exist_ok=True)
-    text = report(figures)
-    (a.out / "evaluation.json").write_text(json.dumps(figures, default=vars, indent=1))
-    (a.out / "evaluation.md").write_text(text)
-    chart(figures, a.out / "evaluation.png")
-    print(text)
-    print(f"wrote evaluation.json, evaluation.md and evaluation.png in {a.out}")
+    contents = json.dumps(figures, default=vars, indent=1), text
+    for name, content in zip(FILES, contents, strict=False):
+        with replacing(a.out / name) as beside:
+            beside.write_text(content)
+    with replacing(a.out / FILES[-1]) as beside:
+        chart(figures, beside)
+    print(f"wrote {', '.join(FILES)} in {a.out}")
 
 
 def report(figures: dict[str, Any]) -> str:
@@ -82,13 +91,16 @@ def report(figures: dict[str, Any]) -> str:
         lines.append(f"| {group} | " + " | ".join(str(figures[w]["scores"][group]["all_right"]) for w in ways) + " |")
     lines += ["", "| attribute, all groups | " + " | ".join(ways) + " |", "| --- |" + " --- |" * len(ways)]
     for name in next(iter(figures["drawn"]["scores"].values())):
-        cells = [together([group[name] for group in figures[w]["scores"].values()]) for w in ways]
+        counted = [group for group, (things, _) in GROUPS.items() if name != "relation" or things == 2]
+        cells = [together([figures[w]["scores"][group][name] for group in counted]) for w in ways]
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(map(str, cells)) + " |")
     lines += ["", "| patch distance to drawn scenes | " + " | ".join(ways) + " |", "| --- |" + " --- |" * len(ways)]
     for side in figures["drawn"]["distances"]:
         lines.append(f"| {side} px | " + " | ".join(f"{figures[w]['distances'][side]:.1f}" for w in ways) + " |")
     means = [sum(figures[w]["distances"].values()) / len(figures[w]["distances"]) for w in ways]
-    return "\n".join([*lines, "| mean | " + " | ".join(f"{mean:.1f}" for mean in means) + " |", ""])
+    lines += ["| mean | " + " | ".join(f"{mean:.1f}" for mean in means) + " |", ""]
+    less = [f"{side} px {m:.1f} ({low:.1f} to {high:.1f})" for side, (m, low, high) in figures["nearer"].items()]
+    return "\n".join([*lines, f"By so much is the ensemble's less than the base's: {', '.join(less)}.", ""])
 
 
 def together(shares: list[Share]) -> Share:
@@ -121,4 +133,4 @@ def chart(figures: dict[str, Any], path: Path) -> None:
     right.set_xlabel("training step t")
     right.set_ylabel("mean squared error of the noise")
     right.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120)

@@ -23,12 +23,13 @@ def patch_distances(first: Tensor, second: Tensor, levels: int = 3) -> dict[int,
 
 
 def pyramid(images: Tensor, levels: int) -> list[Tensor]:
-    """Laplacian: each level less its blurred self, halved from one to the next; the last is what remains."""
+    """Laplacian: each level less what its half tells of it, halved from one to the next; the last is what remains."""
     found = []
     for _ in range(levels - 1):
         low = blur(images)[:, :, ::2, ::2]
-        back = F.interpolate(low, size=images.shape[-2:], mode="bilinear", align_corners=False)
-        found.append(images - back)
+        sparse = torch.zeros_like(images)
+        sparse[:, :, ::2, ::2] = 4 * low
+        found.append(images - blur(sparse))  # each pixel of `low` back where it was taken
         images = low
     return [*found, images]
 

@@ -28,6 +28,9 @@ GROUPS = {
     "two things, held out": (2, True),
 }
 LEVELS = (0, 10, 25, 50, 75, 100, 125, 150, 175, 199, 250, 300, 400, 500, 600, 700, 800, 900, 999)  # training steps
+UNDER_200 = tuple(range(5, 200, 10))  # the middles of twenty equal parts of 0..199
+PARTS = 8  # of the pictures, from which the interval of a difference of patch distances comes
+STUDENT = 2.365  # 97.5 % quantile of Student's t with PARTS - 1 degrees of freedom
 BATCH = 32
 ATTRIBUTES = [field.name for field in fields(Marks)]
 
@@ -65,9 +68,10 @@ class Prompts:
 
 
 def prompts(count: int) -> Prompts:
-    """`count` scenes in four equal groups. InputError unless it is a multiple of 4."""
-    if count < 4 or count % 4:
-        raise InputError(f"the number of prompts must be a multiple of 4, a quarter for each group, found {count}")
+    """`count` scenes in four equal groups. InputError unless it is a multiple of 4, at least PARTS."""
+    if count < PARTS or count % 4:
+        expected = f"the number of prompts must be a multiple of 4, a quarter for each group, at least {PARTS}"
+        raise InputError(f"{expected}, found {count}")
     rng = np.random.default_rng(SEED)
     scenes = {
         group: [random_scene(rng, things, held_out) for _ in range(count // 4)]
@@ -91,6 +95,13 @@ class Painters:
     """Base alone, ensemble and two stages, each with the same number of network evaluations, from the same noise."""
 
     def __init__(self, base: TextToImagePipeline, refiner: ImageToImagePipeline, steps: int, guidance: float) -> None:
+        if not 3 <= steps <= 1000:
+            raise InputError(f"expected 3 to 1000 steps, a fifth of which are a refiner's, found {steps}")
+        if not math.isfinite(guidance):
+            raise InputError(f"expected a finite number as guidance scale, found {guidance}")
+        for pipe in (base, refiner):
+            if (found := pipe.config.resolution) != SIZE:
+                raise InputError(f"expected a {pipe.config.kind} that paints scenes of {SIZE} pixels, found {found}")
         self.base, self.refiner, self.steps = base, refiner, steps
         self.common: dict[str, Any] = {"guidance_scale": guidance, "output_type": "pt"}
         self.second = math.floor(0.3 * steps * 0.8 + 0.5)  # the second stage runs these of `self.whole` steps
@@ -137,6 +148,21 @@ def scores(painted: Tensor, chosen: Prompts) -> dict[str, dict[str, Share]]:
 def distances(painted: Tensor, chosen: Prompts) -> dict[int, float]:
     """Patch distances by scale to drawn scenes of the same prompts."""
     return patch_distances(painted, chosen.drawn)
+
+
+def nearer(first: Tensor, second: Tensor, chosen: Prompts) -> dict[int, tuple[float, float, float]]:
+    """By how much less the patch distance of the second set is, by scale, with its 95 % interval (Student's t).
+
+    Means over PARTS disjoint parts of the pictures, each against the drawn scenes of its own prompts.
+    """
+    found = []
+    for i in range(PARTS):
+        here = slice(i, None, PARTS)
+        far, near = (patch_distances(each[here], chosen.drawn[here]) for each in (first, second))
+        found.append([far[side] - near[side] for side in far])
+    less = torch.tensor(found, dtype=torch.float64)
+    mean, half = less.mean(dim=0), STUDENT * less.std(dim=0) / math.sqrt(len(less))
+    return {side: (float(m), float(m - h), float(m + h)) for side, m, h in zip(far, mean, half, strict=True)}
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sdxl_ref.conditioning import Numbers
+from sdxl_ref.config import InputError
 from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, SHAPES, SIZE, TEXTURES, USUAL, Look, Scene, draw, random_scene
+from sdxl_ref.saving import replacing
 
 Pixels = NDArray[np.uint8]
 SEED = 1
@@ -46,6 +52,36 @@ def example(i: int, seed: int = SEED, look: Look = USUAL) -> tuple[Pixels, str, 
         picture = large[0].permute(1, 2, 0).numpy()
     pixels = (picture * 255).round().astype(np.uint8)
     return pixels, scene.caption, SIZE // 2 if soft else SIZE, 2.5 if soft else 6.0
+
+
+def kept(folder: Path, count: int) -> tuple[Pixels, list[Told]]:
+    """The first pictures of the training set (n,128,128,3), mapped, and what is told of them: drawn once, then kept.
+
+    InputError where they are damaged or of another number, and where the disk has no room.
+    """
+    path, words = folder / "pixels.npy", folder / "told.json"
+    if not (path.exists() and words.exists()):
+        if (free := shutil.disk_usage(folder).free) < (room := count * SIZE * SIZE * 3):
+            raise InputError(f"{count} pictures need {room / 1e9:.1f} GB in {folder}, found {free / 1e9:.1f} GB free")
+        beside = path.with_name("pixels.part.npy")
+        pixels = np.lib.format.open_memmap(beside, "w+", np.uint8, (count, SIZE, SIZE, 3))
+        told = []
+        for i in tqdm(range(count), desc="scenes", disable=None):
+            pixels[i], caption, original, score = example(i)
+            told.append(Told(caption, original, score))
+        pixels.flush()
+        with replacing(words) as file:
+            file.write_text(json.dumps(told))
+        beside.replace(path)
+    try:
+        mapped, told = np.load(path, mmap_mode="r"), [Told(*row) for row in json.loads(words.read_text())]
+        if not len(mapped) == len(told) == count:
+            raise ValueError(f"expected {count} pictures, found {len(mapped)} and what is told of {len(told)}")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"could not read {path} and {words} ({error}): delete them, to have them drawn again"
+        ) from error
+    return mapped, told
 
 
 def to_images(pixels: Pixels, device: torch.device) -> Tensor:

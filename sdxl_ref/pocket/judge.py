@@ -1,6 +1,8 @@
 """The judge: reads things, their relation and the background back out of a picture, by hue and geometry.
 
-It knows how scenes are drawn, and nothing of the models; it was fixed before they were trained.
+It knows how scenes are drawn, and nothing of the models. It was fixed before they were trained, and made stricter once
+since (SQUARE, and checks in both directions). It looks at nothing but what a caption says: a thing is the pixels of one
+hue, whatever is on it or else on the picture without colour, and a background its mean tone and the steps of its cells.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, OPPOSITE, SHAPES, Array, Sc
 COLOURED = 0.14  # chroma (largest minus smallest of r, g, b) from which a pixel belongs to a thing
 SMALLEST = 150  # pixels; less is a speck, not a thing
 FIT = 0.7  # intersection over union with a shape, from which it is that shape
+SQUARE = 1.3  # largest ratio of a thing's sides: every shape is as wide as it is high
 Mask = NDArray[np.bool_]
 
 
@@ -119,6 +122,8 @@ def shape_of(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> str:
     """The shape whose outline, stretched to the pixels' bounding box, covers them best; "" where none does."""
     top, left = rows.min(), columns.min()
     height, width = rows.max() - top + 1, columns.max() - left + 1
+    if max(height, width) > SQUARE * min(height, width):
+        return ""
     found = np.zeros((height, width), dtype=bool)
     found[rows - top, columns - left] = True
     y, x = np.mgrid[:height, :width].astype(np.float32)
@@ -143,7 +148,9 @@ def background(picture: Array, coloured: Mask) -> tuple[str, str]:
 
 
 def texture_of(grey: Array, free: Mask) -> str:
-    """By the mean step between cells of 8 pixels: downwards only is striped, in both directions checkered."""
+    """By the mean step between cells of 8 pixels: to the next one below striped, to the next but one in both directions
+    checkered; "" for what is neither, nor plain.
+    """
     cells = grey.reshape(16, 8, 16, 8).mean(axis=(1, 3))
     whole = free.reshape(16, 8, 16, 8).mean(axis=(1, 3)) > 0.5
 
@@ -152,6 +159,9 @@ def texture_of(grey: Array, free: Mask) -> str:
         use = np.take(whole, range(16 - distance), axis) & np.take(whole, range(distance, 16), axis)
         return float(np.abs(a - b)[use].mean()) if use.any() else 0.0
 
-    if step(1, 2) > 0.06:  # two cells apart across lie in different checks
-        return "checkered"
-    return "striped" if step(0, 1) > 0.06 else "plain"
+    down, across, two_down, two_across = (step(axis, n) > 0.06 for n in (1, 2) for axis in (0, 1))
+    if two_down or two_across:  # two cells apart lie in different checks
+        return "checkered" if two_down and two_across else ""
+    if across:
+        return ""
+    return "striped" if down else "plain"

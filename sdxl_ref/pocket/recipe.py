@@ -33,7 +33,7 @@ from sdxl_ref.config import InputError
 from sdxl_ref.ecosystem import TextToImagePipeline
 from sdxl_ref.networks.vae import AutoencoderKL
 from sdxl_ref.noise import draw_noise
-from sdxl_ref.pocket.examples import SEED, Pixels, Reader, Told, example, to_images
+from sdxl_ref.pocket.examples import SEED, Pixels, Reader, Told, example, kept, to_images
 from sdxl_ref.pocket.judge import judge
 from sdxl_ref.pocket.models import BASE, CLIP, CONFIGS, OPENCLIP, start
 from sdxl_ref.pocket.scenes import SIZE, Look, Scene, random_scene
@@ -78,10 +78,13 @@ class Recipe:
 
     def __init__(self, out: Path, device: torch.device, scenes: int = SCENES) -> None:
         self.out, self.device, self.scenes = out, device, scenes
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"could not make the folder {out}: {error.strerror}") from error
 
-    def run(self, stage: str, stop: int | None = None) -> None:
-        """One stage, timed; the seconds of its pieces add up where it was stopped between."""
+    def run(self, stage: str, stop: int | None = None) -> bool:
+        """One stage; whether it came to its end. It is timed, and the seconds of its pieces add up."""
         began = time.perf_counter()
         try:
             with locked(self.out / stage) if stage in SETTINGS else nullcontext():
@@ -94,11 +97,13 @@ class Recipe:
                 else:
                     getattr(self, stage)()
         finally:
-            path = self.out / "times.json"
-            times = json.loads(path.read_text()) if path.exists() else {}
+            path, times = self.out / "times.json", {}
+            with suppress(OSError, ValueError):
+                times = dict(json.loads(path.read_text()))
             times[stage] = round(times.get(stage, 0.0) + time.perf_counter() - began, 1)
             with replacing(path) as beside:
                 beside.write_text(json.dumps(times))
+        return stage == "write" or (self.out / f"{stage}.safetensors").exists()
 
     def made(self, stage: str) -> dict[str, Tensor]:
         """What a stage has written."""
@@ -126,19 +131,7 @@ class Recipe:
         return run.step == run.settings.steps
 
     def pictures(self) -> tuple[Pixels, list[Told]]:
-        """All training pictures (n,128,128,3), and what is told of them; drawn once, kept in files, mapped."""
-        path, words = self.out / "pixels.npy", self.out / "told.json"
-        if not (path.exists() and words.exists()):
-            beside = path.with_name("pixels.part.npy")
-            pixels = np.lib.format.open_memmap(beside, "w+", np.uint8, (self.scenes, SIZE, SIZE, 3))
-            told = []
-            for i in tqdm(range(self.scenes), desc="scenes", disable=None):
-                pixels[i], caption, original, score = example(i)
-                told.append(Told(caption, original, score))
-            pixels.flush()
-            words.write_text(json.dumps(told))
-            beside.replace(path)
-        return np.load(path, mmap_mode="r"), [Told(*row) for row in json.loads(words.read_text())]
+        return kept(self.out, self.scenes)
 
     def towers(self, stop: int | None = None) -> None:
         """Each output that a UNet is handed learns to say what the picture shows, place by place."""
@@ -287,16 +280,18 @@ class Recipe:
         contact_sheet(pictures, prompts).save(run.folder / f"samples_{run.step:06}.png")
 
     def write(self) -> None:
+        """Both files, from the last stage of each that has come to its end."""
+        last = {}
+        for kind in CONFIGS:
+            ended = [stage for stage in stages_of(kind) if (self.out / f"{stage}.safetensors").exists()]
+            last[kind] = self.made(ended[-1] if ended else kind)
         for kind, config in CONFIGS.items():
-            done = [path for stage in stages_of(kind) if (path := self.out / f"{stage}.safetensors").exists()]
-            if done:
-                state = self.made(done[-1].stem)
-                parts: dict[str, nn.Module] = {"vae": self.trained_vae()}
-                for part in (part for part in prefixes(config) if part != "vae"):
-                    parts[part] = build(part, config)
-                    own = {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
-                    parts[part].load_state_dict(own)
-                save_checkpoint(self.out / f"pocket_{kind}.safetensors", config, parts, torch.float16)
+            parts: dict[str, nn.Module] = {"vae": self.trained_vae()}
+            for part in (part for part in prefixes(config) if part != "vae"):
+                parts[part] = build(part, config)
+                own = {k.removeprefix(part + "."): v for k, v in last[kind].items() if k.startswith(part + ".")}
+                parts[part].load_state_dict(own)
+            save_checkpoint(self.out / f"pocket_{kind}.safetensors", config, parts, torch.float16)
 
 
 def normalise(vae: AutoencoderKL, images: Tensor) -> None:
@@ -322,18 +317,31 @@ def stages_of(kind: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--stage", action="append", choices=STAGES, help="one, or several; else all, in order")
     parser.add_argument(
         "--stop", type=int, help="stop the training of a stage at this step, without a result; it goes on another time"
     )
     a = parser.parse_args()
     try:
-        recipe = Recipe(a.out, torch.device(a.device))
+        if a.stop is not None and a.stop < 1:
+            raise InputError(f"expected a step of at least 1 to stop at, found {a.stop}")
+        recipe = Recipe(a.out, a.device)
         for stage in a.stage or STAGES:
-            recipe.run(stage, a.stop)
+            if not recipe.run(stage, a.stop):
+                print(f"{stage}: stopped at step {a.stop}, goes on when started again")
+                break
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(1, "stopped\n")
+
+
+def device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected a device such as cpu or cuda, found {name!r}") from error
 
 
 if __name__ == "__main__":

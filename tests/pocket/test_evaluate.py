@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ from PIL import Image
 
 from sdxl_ref.checkpoint import build, prefixes
 from sdxl_ref.cli import main
+from sdxl_ref.commands.evaluate import report
 from sdxl_ref.config import InputError
-from sdxl_ref.pocket.distance import patch_distances
-from sdxl_ref.pocket.evaluate import GROUPS, Painters, Share, gain, prompts, redrawn, scores, vae_quality
+from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref.pocket import evaluate
+from sdxl_ref.pocket.distance import patch_distances, pyramid
+from sdxl_ref.pocket.evaluate import GROUPS, Painters, Share, gain, nearer, prompts, redrawn, scores, vae_quality
 from sdxl_ref.pocket.models import CONFIGS
 from sdxl_ref.saving import save_checkpoint
 
@@ -25,8 +29,9 @@ def test_prompts_are_the_same_each_time_and_of_their_groups() -> None:
     for group, (things, held_out) in GROUPS.items():
         assert len(chosen.scenes[group]) == 10
         assert all(len(s.things) == things and s.held_out == held_out for s in chosen.scenes[group])
-    with pytest.raises(InputError, match="multiple of 4"):
-        prompts(510)
+    for count in (510, 4, 0):
+        with pytest.raises(InputError, match=r"multiple of 4, .* at least 8, found"):
+            prompts(count)
 
 
 def test_scores_of_drawn_scenes_are_full_and_of_shuffled_ones_are_not() -> None:
@@ -65,6 +70,44 @@ def test_patch_distances_know_where_two_sets_differ() -> None:
     assert brighter[32] > 2 * again[32]
 
 
+def test_a_pyramid_adds_up_and_tells_nothing_of_an_even_slope() -> None:
+    """Burt & Adelson: what a level's half tells of it lies where it was taken, so that a slope leaves nothing."""
+    slope = (torch.arange(64.0) / 64).expand(1, 3, 64, 64)
+    fine, middle, rest = pyramid(slope, 3)
+    assert fine[:, :, 8:-8, 8:-8].abs().max() < 1e-6
+    assert middle[:, :, 8:-8, 8:-8].abs().max() < 1e-6
+    assert rest.shape[-1] == 16
+
+
+def test_nearer_knows_chance_from_a_difference() -> None:
+    chosen = prompts(64)
+    kernel = torch.ones(3, 1, 5, 5) / 25
+    padded, again = torch.nn.functional.pad(chosen.drawn, (2,) * 4, mode="reflect"), redrawn(chosen)
+    blurred = torch.nn.functional.conv2d(padded, kernel, groups=3)
+    found = nearer(blurred, again, chosen)
+    assert set(found) == {128, 64, 32}
+    assert 0 < found[128][1] < found[128][0] < found[128][2]  # blur takes most from the finest scale
+    assert nearer(again, blurred, chosen)[128][2] < 0
+    assert all(low == mean == high == 0 for mean, low, high in nearer(again, again, chosen).values())
+    other = nearer(redrawn(chosen), again.flip(3), chosen)
+    assert all(low < 0 < high for _, low, high in other.values())  # a scene is as near in a mirror
+
+
+def test_the_readme_has_the_figures_that_are_kept() -> None:
+    """Every line of the report on the kept figures stands in the pocket pair's README."""
+    folder = Path(evaluate.__file__).parent
+    figures = json.loads((folder / "evaluation.json").read_text())
+    for how in ("base alone", "ensemble", "two stages", "drawn"):
+        found = figures[how]
+        found["scores"] = {
+            group: {name: Share(**share) for name, share in each.items()} for group, each in found["scores"].items()
+        }
+    lines = report(figures).splitlines()
+    assert len(lines) > 20
+    text = (folder / "README.md").read_text().splitlines()
+    assert [line for line in lines if line not in text] == []
+
+
 def test_vae_quality_is_the_peak_signal_to_noise_ratio() -> None:
     class Noisy(torch.nn.Module):
         def encode(self, images: torch.Tensor) -> "Noisy":
@@ -101,8 +144,6 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_each_way_of_painting_takes_the_same_number_of_evaluations(untrained: dict[str, Path]) -> None:
-    from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
-
     base = TextToImagePipeline.from_single_file(untrained["base"])
     refiner = ImageToImagePipeline.from_single_file(untrained["refiner"])
     calls: list[str] = []
@@ -118,7 +159,9 @@ def test_each_way_of_painting_takes_the_same_number_of_evaluations(untrained: di
     assert counts == {"base alone": (25, 0), "ensemble": (20, 5), "two stages": (19, 6)}
 
 
-def test_the_command(untrained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    untrained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "evaluation"
     command = ["evaluate", "--base", str(untrained["base"]), "--refiner", str(untrained["refiner"]), "--out", str(out)]
     assert main([*command, "--prompts", "8", "--steps", "5"]) == 0
@@ -130,5 +173,30 @@ def test_the_command(untrained: dict[str, Path], tmp_path: Path, capsys: pytest.
     assert len(figures["errors"]["base"]) == len(figures["levels"])
     with Image.open(out / "evaluation.png") as chart:
         assert np.asarray(chart.convert("L")).std() > 10
-    assert main([*command, "--prompts", "7"]) == 2
-    assert "multiple of 4" in capsys.readouterr().err
+    assert text.count("(0/4; ") >= 3  # a relation is counted where there is one
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    bad = {"--prompts 7": "multiple of 4", "--steps 2": "expected 3 to 1000 steps", "--guidance-scale nan": "finite"}
+    for words, message in bad.items():
+        assert main([*command, *words.split()]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    assert main([*command[:-1], str(tmp_path / "file")]) == 2
+    assert "expected a folder, or the name of a new one" in capsys.readouterr().err
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main([*command, "--prompts", "8", "--steps", "3"]) == 2
+    told = capsys.readouterr()
+    assert "could not write" in told.err
+    assert "| all right | base alone" in told.out  # what was measured is not lost
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_base_of_another_size_is_refused_before_the_work(untrained: dict[str, Path], tmp_path: Path) -> None:
+    config = replace(CONFIGS["base"], resolution=256)
+    save_checkpoint(tmp_path / "base.safetensors", config, {p: build(p, config) for p in prefixes(config)}, torch.half)
+    base = TextToImagePipeline.from_single_file(tmp_path / "base.safetensors")
+    with pytest.raises(InputError, match="expected a base that paints scenes of 128 pixels, found 256"):
+        Painters(base, ImageToImagePipeline.from_single_file(untrained["refiner"]), 25, 3.0)

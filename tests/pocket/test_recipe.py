@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +91,55 @@ def test_a_stage_goes_on_only_with_what_it_learned_from(
     with locked(tmp_path / "vae-more"), pytest.raises(SystemExit, match="2"):
         command("--stage", "vae-more")
     assert "another run is at work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--stage base", "run the stage 'towers' first, to its end"),
+        ("--stage write", "base.safetensors is not there: run the stage 'base' first"),
+        ("--stage towers --stop 0", "expected a step of at least 1 to stop at, found 0"),
+        ("--device toaster", "expected a device such as cpu or cuda, found 'toaster'"),
+        ("--out FILE", "could not make the folder"),
+        ("--stage vae", "told.json (Expecting value"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    np.save(tmp_path / "pixels.npy", np.zeros((3, 128, 128, 3), np.uint8))
+    (tmp_path / "told.json").touch()
+    (tmp_path / "times.json").touch()  # is no reason to stop
+    given = words.replace("FILE", str(tmp_path / "file")).split()
+    monkeypatch.setattr("sys.argv", ["recipe", "--out", str(tmp_path), *given])
+    with pytest.raises(SystemExit, match="2"):
+        recipe.main()
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.usefixtures("short")
+def test_a_stopped_stage_ends_the_command_and_the_next_start_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, stops in (("whole", [None]), ("pieces", ["1", "2", None])):
+        for stop in stops:
+            words = ["--stage", "towers", "--out", str(tmp_path / folder), *(["--stop", stop] if stop else [])]
+            monkeypatch.setattr("sys.argv", ["recipe", *words])
+            recipe.main()
+            assert (tmp_path / folder / "towers.safetensors").exists() == (stop is None)
+    assert "towers: stopped at step 2, goes on when started again" in capsys.readouterr().out
+    whole, pieces = (load_file(tmp_path / folder / "towers.safetensors") for folder in ("whole", "pieces"))
+    assert all(torch.equal(whole[key], pieces[key]) for key in whole)
+
+
+def test_pictures_are_not_drawn_where_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(InputError, match=r"40000 pictures need 2\.0 GB in .*, found 0\.0 GB free"):
+        Recipe(tmp_path, CPU).pictures()
+    assert not list(tmp_path.iterdir())
 
 
 def test_normalising_is_exact_and_leaves_the_pictures_alone() -> None:
