@@ -114,9 +114,9 @@ def test_a_new_look(kind: str, pipeline: Any, make: Any, nearer: float, data: Pa
     """Learned: patches lie `nearer` to the new look by that factor, at the coarsest scale by half, and farther from the
     usual one. Prompts are followed: at most 15 % fewer are right.
 
-    The base cannot come to half: to the look that it was trained on it lies at 67, which is 0.58 of its first 116. Found:
-    0.75 (at the coarsest scale 0.27) and for the refiner 0.87 (0.36). What is left is at the finest scale, where how
-    sharp a network paints at all outweighs the look.
+    The base cannot come to half: to the look that it was trained on it lies at 67, which is 0.58 of its first 116.
+    Found: 0.75 (at the coarsest scale 0.27), for the refiner 0.87 (0.36). What is left is at the finest scale, where
+    how sharp a network paints at all outweighs the look.
     """
     chosen = scenes(PROMPTS, 25)
     adapter = tuned(kind, data, tmp_path / "out")
