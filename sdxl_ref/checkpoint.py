@@ -140,7 +140,11 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
             from sdxl_ref.folder import open_folder
 
             return open_folder(Path(path), variant)
-        path = _file(Path(path))
+        path = Path(path)
+        if path.suffix.lower() in PICKLES or not os.path.isfile(path):
+            from sdxl_ref.folder import find_file
+
+            path = find_file(path)
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             whole = [key for key in shapes if "F" not in file.get_slice(key).get_dtype() and not EXTRAS.fullmatch(key)]
@@ -156,23 +160,6 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     except Exception as error:  # no network can be built of such sizes
         raise InputError(f"{path}: its configuration or its shapes make no SDXL network ({error!r})") from error
     return Checkpoint(path, config, shapes, metadata, note)
-
-
-def _file(path: Path) -> Path:
-    if path.suffix.lower() in PICKLES:
-        raise InputError(
-            f"{path} is a pickle, which can run any code when opened: expected a safetensors file; if you trust it, "
-            "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], OUT)"
-        )
-    if os.path.isdir(path):
-        found = sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            names = ", ".join(each.name for each in found) or "none"
-            raise InputError(f"expected one .safetensors file in the folder {path}, found {names}: name the file")
-        return found[0]
-    if not os.path.isfile(path):
-        raise InputError(f"no such checkpoint: {path}")
-    return path
 
 
 def identify(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], path: Path) -> tuple[ModelConfig, str]:

@@ -7,6 +7,7 @@ Names and shapes are translated by `sdxl_ref.layouts` as tensors are read; nothi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,22 @@ def part_rules(part: str, config: ModelConfig) -> tuple[dict[str, Tensor], list[
     network = build_empty(part, config)
     state = network.state_dict()
     return state, layouts.rules(layouts.PARTS[part], state, getattr(network, "config", None))
+
+
+def find_file(path: Path) -> Path:
+    """The one safetensors file of a folder; InputError for a pickle, or where there is no such file."""
+    if path.suffix.lower() in PICKLES:
+        raise InputError(
+            f"{path} is a pickle, which can run any code when opened: expected a safetensors file; if you trust it, "
+            "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], OUT)"
+        )
+    if not os.path.isdir(path):
+        raise InputError(f"no such checkpoint: {path}")
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(each.name for each in found) or "none"
+        raise InputError(f"expected one .safetensors file in the folder {path}, found {names}: name the file")
+    return found[0]
 
 
 def open_folder(folder: Path, variant: str | None = None) -> Folder:

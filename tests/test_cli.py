@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import pty
 import struct
 import subprocess
@@ -641,6 +642,7 @@ def assert_one_line(captured: Any, message: str) -> None:
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.err.endswith("\n")
+    assert len(captured.err) < 600
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -829,3 +831,30 @@ def test_a_progress_bar_on_a_terminal_with_the_true_number_of_steps(refine: Comm
     assert "3/3" in shown
     assert "step" in shown
     assert "step" not in result.stdout.decode().replace("3 of 10 steps", "")
+
+
+CHURN = """
+import resource
+import torch
+from sdxl_ref.commands.common import keep_freed_memory
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def churn():
+    before = faults()
+    for _ in range(20):
+        torch.ones(1 << 24)  # 64 MiB
+    return faults() - before
+churn()
+print(before := churn())
+keep_freed_memory()
+churn()
+print(churn())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+def test_freed_memory_is_used_again() -> None:
+    """Without it each tensor is made of new pages: at least one page fault for every 2 MiB."""
+    output = subprocess.run([sys.executable, "-c", CHURN], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, output.split())
+    assert before >= 20 * 32
+    assert after < 20

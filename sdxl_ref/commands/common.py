@@ -1,9 +1,12 @@
 """What every command that makes pictures shares: its options, and the checks before the work."""
 
 import argparse
+import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,14 +43,14 @@ def seed(text: str) -> int:
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # "meta" has no values
         return probe.device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"device {name!r} is not to be had: expected auto, cpu, cuda or mps ({error})") from error
+        why = str(error).split(". ")[0]  # some of PyTorch's go on for pages
+        raise InputError(f"device {name!r} is not to be had: expected auto, cpu, cuda or mps ({why})") from error
 
 
 def writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
@@ -63,8 +66,18 @@ def writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
             raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
 
 
-def identity(checkpoint: Checkpoint) -> dict[str, object]:
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a picture's settings say of what made it. Reads the file once, for its hash."""
     digest = checkpoint.sha256()
     weights = {"file": checkpoint.path.name, "sha256": digest, "vae": checkpoint.vae_name(digest)}
     return {"checkpoint": weights, "versions": {"sdxl_ref": __version__, "torch": torch.__version__}}
+
+
+def keep_freed_memory() -> None:
+    """Have glibc give freed memory of up to 1 GiB to the next tensors, instead of the system's new pages each time.
+
+    That takes a tenth of a run on a CPU. Other systems stay as they are.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

@@ -11,6 +11,7 @@ from typing import Any
 from sdxl_ref.commands.common import writable
 from sdxl_ref.config import InputError
 from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref.pocket.distance import patch_distances
 from sdxl_ref.pocket.evaluate import (
     GROUPS,
     HOW,
@@ -19,7 +20,6 @@ from sdxl_ref.pocket.evaluate import (
     Painters,
     Share,
     denoising_errors,
-    distances,
     gain,
     nearer,
     prompts,
@@ -64,17 +64,19 @@ def run(a: argparse.Namespace) -> None:
     captions = [scene.caption for scene in chosen.all]
     painted = {how: painters.paint(how, captions) for how in HOW}
     for how, pictures in painted.items():
-        figures[how] = {"scores": scores(pictures, chosen), "distances": distances(pictures, chosen)}
+        figures[how] = {"scores": scores(pictures, chosen), "distances": patch_distances(pictures, chosen.drawn)}
     figures["nearer"] = nearer(painted["base alone"], painted["ensemble"], chosen)
-    figures["drawn"] = {"scores": scores(chosen.drawn, chosen), "distances": distances(redrawn(chosen), chosen)}
+    again = patch_distances(redrawn(chosen), chosen.drawn)
+    figures["drawn"] = {"scores": scores(chosen.drawn, chosen), "distances": again}
     figures["seconds"] = time.perf_counter() - began
     print(text := report(figures), flush=True)
     a.out.mkdir(exist_ok=True)
-    contents = json.dumps(figures, default=vars, indent=1), text
-    for name, content in zip(FILES, contents, strict=False):
-        with replacing(a.out / name) as beside:
-            beside.write_text(content)
-    with replacing(a.out / FILES[-1]) as beside:
+    data, tables, picture = (a.out / name for name in FILES)
+    with replacing(data) as beside:
+        beside.write_text(json.dumps(figures, default=vars, indent=1))
+    with replacing(tables) as beside:
+        beside.write_text(text)
+    with replacing(picture) as beside:
         chart(figures, beside)
     print(f"wrote {', '.join(FILES)} in {a.out}")
 

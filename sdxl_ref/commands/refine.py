@@ -2,13 +2,14 @@
 
 import argparse
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from sdxl_ref.checkpoint import sha256_of
-from sdxl_ref.commands.common import identity, pick_device, sampling, writable
+from sdxl_ref.commands.common import identity, keep_freed_memory, pick_device, sampling, writable
 from sdxl_ref.images import fit, from_tensor, load_image, save_png
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline, ImageToImageRequest
 
@@ -42,11 +43,14 @@ def run(a: argparse.Namespace) -> None:
 
         watermark.check(*picture.size)
 
-    pipe = ImageToImagePipeline.from_single_file(a.checkpoint, dtype=getattr(torch, a.dtype), device=device)
-    assert pipe.checkpoint is not None
-    print(f"{pipe.checkpoint.path.name}: {pipe.checkpoint.name}, {a.dtype} on {device}")
-    if pipe.checkpoint.note:
-        print(f"note: {pipe.checkpoint.note}")
+    checkpoint = ImageToImagePipeline.open(a.checkpoint)
+    with ThreadPoolExecutor(1) as idle:  # hashed while it is read: later it may have left the system's cache
+        made_by = idle.submit(identity, checkpoint)
+        pipe = ImageToImagePipeline.from_single_file(checkpoint, dtype=getattr(torch, a.dtype), device=device)
+    keep_freed_memory()
+    print(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
+    if checkpoint.note:
+        print(f"note: {checkpoint.note}")
     if a.lora:
         from sdxl_ref.lora import hashes, put_on
 
@@ -62,7 +66,7 @@ def run(a: argparse.Namespace) -> None:
     settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "lora", "watermark")}
     settings |= {"image": Path(a.image).name, "size": f"{picture.width}x{picture.height}", "device": str(device)}
     settings["image_sha256"] = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
-    settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **identity(pipe.checkpoint)}
+    settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by.result()}
     settings["unconditional"] = "negative prompt, encoded even where empty" if a.guidance_scale > 1 else "none"
     save_png(result, out, settings)
     if a.save_latents:

@@ -206,9 +206,10 @@ def identity(
         "pictures of a step": a.batch_size * place_in_world()[1],
         "dtype": a.dtype,
     }
-    if not check_same(a.out, about, partly=True):
-        for path in (a.out / name for name in (CHECKPOINT, *ADAPTERS.values()) if (a.out / name).exists()):
-            raise InputError(f"found {path}, but no state of the run that wrote it: move it, or choose another --out")
+    results = [path for name in (CHECKPOINT, *ADAPTERS.values()) if (path := a.out / name).exists()]
+    if not check_same(a.out, about, partly=True) and results:
+        where = f"found {results[0]}, but no state of the run that wrote it"
+        raise InputError(f"{where}: move it, or choose another --out")
     if choice:
         parts = {part: build_empty(part, checkpoint.config) for part in prefixes(checkpoint.config) if part != "vae"}
         chosen(parts, checkpoint.config, choice)

@@ -118,7 +118,7 @@ class Pipeline:
     @classmethod
     def from_single_file(
         cls: type[Self],
-        path: str | Path,
+        path: str | Path | Checkpoint,
         *,
         torch_dtype: Dtype = None,
         dtype: Dtype = None,
@@ -127,12 +127,12 @@ class Pipeline:
         variant: str | None = None,
         **parts: Module,
     ) -> Self:
-        """Open a model (see `open`) as float32 by default; the VAE always, which overflows in float16.
+        """Load a model (see `open`; or an open one) as float32 by default; the VAE always, which overflows in float16.
 
         `parts` (`vae=`, `text_encoder_2=`, …) are shared instead of loaded; with a `slot` (of `on_demand`) each part
         is read when it works and dropped for the next.
         """
-        checkpoint = cls.open(path, variant)
+        checkpoint = path if isinstance(path, Checkpoint) else cls.open(path, variant)
         dtype = dtype or torch_dtype or torch.float32
         for part in prefixes(checkpoint.config):
             if part not in parts:

@@ -145,11 +145,6 @@ def scores(painted: Tensor, chosen: Prompts) -> dict[str, dict[str, Share]]:
     return found
 
 
-def distances(painted: Tensor, chosen: Prompts) -> dict[int, float]:
-    """Patch distances by scale to drawn scenes of the same prompts."""
-    return patch_distances(painted, chosen.drawn)
-
-
 def nearer(first: Tensor, second: Tensor, chosen: Prompts) -> dict[int, tuple[float, float, float]]:
     """By how much less the patch distance of the second set is, by scale, with its 95 % interval (Student's t).
 
