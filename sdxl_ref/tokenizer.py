@@ -5,12 +5,11 @@ package would bring in torchvision and timm. Only the framing to 77 ids stands h
 """
 
 import importlib.util
+import runpy
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,11 +25,7 @@ def _tokenizer() -> Any:
     package = importlib.util.find_spec("open_clip")  # finds, does not import
     if package is None or package.origin is None:
         raise ImportError("open_clip_torch is not installed: pip install open_clip_torch")
-    loader = SourceFileLoader("_open_clip_tokenizer", str(Path(package.origin).with_name("tokenizer.py")))
-    module = ModuleType(loader.name)
-    module.__file__ = loader.path  # beside its vocabulary
-    loader.exec_module(module)
-    return module._tokenizer
+    return runpy.run_path(str(Path(package.origin).with_name("tokenizer.py")))["_tokenizer"]
 
 
 def tokenize(texts: str | Sequence[str], pad: str = "zero") -> Tensor:

@@ -30,6 +30,7 @@ import sdxl_ref
 from sdxl_ref import ecosystem
 from sdxl_ref.checkpoint import CONFIG_KEY, build, prefixes
 from sdxl_ref.cli import main
+from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.images import from_tensor, load_image
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
@@ -664,6 +665,13 @@ def test_a_base_is_no_refiner(
     assert os.listdir(here) == []
 
 
+def test_an_open_base_is_no_refiner_either(small_base_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = ecosystem.TextToImagePipeline.open(small_base_file)
+    monkeypatch.setattr(type(opened), "load", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(InputError, match=f"expected a refiner .*, found an SDXL base: .*{small_base_file.name}"):
+        ImageToImagePipeline.from_single_file(opened)
+
+
 def test_a_smallest_strength_that_is_named_works(refine: Command, here: Path) -> None:
     assert refine(steps=7, strength=0.1429) == 0
 
@@ -845,16 +853,49 @@ def churn():
     return faults() - before
 churn()
 print(before := churn())
-keep_freed_memory()
+keep_freed_memory(torch.device("cpu"))
 churn()
 print(churn())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+GLIBC = platform.libc_ver()[1].split(".") if platform.libc_ver()[0] == "glibc" else ["0"]
+
+
+@pytest.mark.skipif(list(map(int, GLIBC)) < [2, 35], reason="glibc's malloc alone is told, and an older one refuses")
 def test_freed_memory_is_used_again() -> None:
     """Without it each tensor is made of new pages: at least one page fault for every 2 MiB."""
     output = subprocess.run([sys.executable, "-c", CHURN], capture_output=True, text=True, check=True).stdout
     before, after = map(int, output.split())
     assert before >= 20 * 32
     assert after < 20
+
+
+STOPPED = """
+import sys, time
+from sdxl_ref.commands import refine
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+refine.identity = lambda checkpoint: time.sleep(300)
+refine.ImageToImagePipeline.from_single_file = interrupted
+from sdxl_ref.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stopped_run_does_not_wait_for_the_files_hash(photo: Path, small_refiner_file: Path) -> None:
+    command = [sys.executable, "-c", STOPPED, "refine", str(photo), "--checkpoint", str(small_refiner_file)]
+    done = subprocess.run([*command, "--prompt", "a cat"], capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stderr) == (1, "sdxl-ref: stopped\n")
+
+
+def test_a_file_that_cannot_be_hashed_is_told_before_the_steps(
+    refine: Command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(checkpoint: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("sdxl_ref.commands.refine.identity", broken)
+    monkeypatch.setattr(ImageToImagePipeline, "steps", lambda *_: pytest.fail("it went on"))
+    assert refine() == 1
+    assert os.listdir(here) == []

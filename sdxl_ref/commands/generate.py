@@ -1,7 +1,6 @@
 """`sdxl-ref generate`: a prompt in, pictures out, by the base alone, the ensemble, or the base and then SDEdit."""
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def run(a: argparse.Namespace) -> None:
     for name, plan in zip(("base ", "refiner ") if a.two_stage else ("",), plans, strict=True):
         print(f"plan: {name}{plan}", flush=True)
 
-    base, refiner, weights = pipelines(a)
+    base, refiner = pipelines(a)
     if a.watermark:
         check_watermark(a.width or base.config.resolution, a.height or base.config.resolution)
     with torch.no_grad():
@@ -108,7 +107,7 @@ def run(a: argparse.Namespace) -> None:
         pictures = from_tensor(base.decode(latents))
     if a.watermark:
         pictures = [embed(picture) for picture in pictures]
-    settings = record(a, base, refiner, plans, weights) | {"size": "{}x{}".format(*pictures[0].size)}
+    settings = record(a, base, refiner, plans) | {"size": "{}x{}".format(*pictures[0].size)}
     for seed, path, picture in zip(seeds, outs, pictures, strict=True):
         save_png(picture, path, settings | {"seed": seed})
     if a.num_images > 1:
@@ -118,51 +117,47 @@ def run(a: argparse.Namespace) -> None:
     print(f"wrote {', '.join(str(path) for path in dict.fromkeys([*outs, out]))}")
 
 
-def pipelines(a: argparse.Namespace) -> tuple[TextToImagePipeline, ImageToImagePipeline | None, list[dict[str, Any]]]:
-    """Open the base, and the refiner where one is given, which decodes by the base's VAE; and `identity` of each."""
+def pipelines(a: argparse.Namespace) -> tuple[TextToImagePipeline, ImageToImagePipeline | None]:
+    """Open the base, and the refiner where one is given; it decodes by the base's VAE."""
     options: dict[str, Any] = {"dtype": getattr(torch, a.dtype), "device": pick_device(a.device)}
     if a.low_memory:
         options["slot"] = Slot()
-    files = [] if a.refiner is None else [ImageToImagePipeline.open(a.refiner)]
-    files.insert(0, TextToImagePipeline.open(a.base))
-    with ThreadPoolExecutor(1) as idle:  # hashed while they are read: later they may have left the system's cache
-        weights = idle.map(identity, files)
-        base, refiner = TextToImagePipeline.from_single_file(files[0], **options), None
-        if a.refiner is not None:
-            refiner = ImageToImagePipeline.from_single_file(files[1], **options, vae=base.vae)
-    if not a.low_memory:  # which is to give memory back
-        keep_freed_memory()
-    for file in files:
-        print(f"{file.path.name}: {file.name}, {a.dtype} on {base.device}")
-        if file.note:
-            print(f"note: {file.note}")
+    if a.refiner is not None:  # a wrong file is found out before the base is read
+        ImageToImagePipeline.open(a.refiner)
+    base, refiner = TextToImagePipeline.from_single_file(a.base, **options), None
+    if a.refiner is not None:
+        refiner = ImageToImagePipeline.from_single_file(a.refiner, **options, vae=base.vae)
+    if not a.low_memory:
+        keep_freed_memory(base.device)
+    for pipe in filter(None, (base, refiner)):
+        assert pipe.checkpoint is not None
+        print(f"{pipe.checkpoint.path.name}: {pipe.checkpoint.name}, {a.dtype} on {pipe.device}")
+        if pipe.checkpoint.note:
+            print(f"note: {pipe.checkpoint.note}")
     if a.lora:
         print("\n".join(put_on([pipe for pipe in (base, refiner) if pipe is not None], a.lora)))
-    return base, refiner, list(weights)
+    return base, refiner
 
 
 def record(
-    a: argparse.Namespace,
-    base: TextToImagePipeline,
-    refiner: ImageToImagePipeline | None,
-    plans: list[Any],
-    weights: list[dict[str, Any]],
+    a: argparse.Namespace, base: TextToImagePipeline, refiner: ImageToImagePipeline | None, plans: list[Any]
 ) -> dict[str, Any]:
     """Everything that it takes to make the pictures again but their size and seed."""
+    assert base.checkpoint is not None
     own = ["command", "dtype", "lora", "watermark", *SHARED, *BASE_ONLY]
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
     settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
-    settings |= weights[0]
+    settings |= identity(base.checkpoint)
     settings["lora_sha256"] = hashes(a.lora)
     zeros = a.negative_prompt is None and a.negative_prompt_2 is None
     sides = [f"base {'zeros' if zeros else 'negative prompt encoded'}"]
-    if refiner is not None:
+    if refiner is not None and refiner.checkpoint is not None:
         sides.append("refiner negative prompt encoded, empty where none is given")
         settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
         if a.two_stage:
             settings["strength"] = 0.3 if a.strength is None else a.strength
-        named = {key: weights[1]["checkpoint"][key] for key in ("file", "sha256")}
-        settings["refiner_checkpoint"] = named  # its VAE is not used: the base's decodes
+        weights = {"file": refiner.checkpoint.path.name, "sha256": refiner.checkpoint.sha256()}
+        settings["refiner_checkpoint"] = weights  # its VAE is not used: the base's decodes
     settings["unconditional"] = "; ".join(sides) if a.guidance_scale > 1 else "none"
     return settings
 

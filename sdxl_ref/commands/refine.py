@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -44,10 +44,12 @@ def run(a: argparse.Namespace) -> None:
         watermark.check(*picture.size)
 
     checkpoint = ImageToImagePipeline.open(a.checkpoint)
-    with ThreadPoolExecutor(1) as idle:  # hashed while it is read: later it may have left the system's cache
-        made_by = idle.submit(identity, checkpoint)
-        pipe = ImageToImagePipeline.from_single_file(checkpoint, dtype=getattr(torch, a.dtype), device=device)
-    keep_freed_memory()
+    idle = ThreadPool(1)  # of a daemon: what ends the command meanwhile does not wait for it
+    hashing = idle.apply_async(identity, [checkpoint])  # later the file may have left the system's cache
+    idle.close()
+    pipe = ImageToImagePipeline.from_single_file(checkpoint, dtype=getattr(torch, a.dtype), device=device)
+    made_by = hashing.get()
+    keep_freed_memory(device)
     print(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
     if checkpoint.note:
         print(f"note: {checkpoint.note}")
@@ -66,7 +68,7 @@ def run(a: argparse.Namespace) -> None:
     settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "lora", "watermark")}
     settings |= {"image": Path(a.image).name, "size": f"{picture.width}x{picture.height}", "device": str(device)}
     settings["image_sha256"] = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
-    settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by.result()}
+    settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by}
     settings["unconditional"] = "negative prompt, encoded even where empty" if a.guidance_scale > 1 else "none"
     save_png(result, out, settings)
     if a.save_latents:

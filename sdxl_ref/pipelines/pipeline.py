@@ -133,6 +133,7 @@ class Pipeline:
         is read when it works and dropped for the next.
         """
         checkpoint = path if isinstance(path, Checkpoint) else cls.open(path, variant)
+        cls.check(checkpoint.config, checkpoint.path)
         dtype = dtype or torch_dtype or torch.float32
         for part in prefixes(checkpoint.config):
             if part not in parts:
