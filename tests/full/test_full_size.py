@@ -1,6 +1,5 @@
 """At full size, in float32: each network against its peer on the same weights."""
 
-import gc
 from collections.abc import Iterator
 
 import full_file
@@ -28,11 +27,9 @@ def checkpoint(config: ModelConfig) -> Checkpoint:
 
 
 @pytest.fixture(autouse=True)
-def freed() -> Iterator[None]:
-    """One network in memory at a time."""
+def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-    gc.collect()
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
