@@ -75,7 +75,7 @@ def identity(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Have glibc make tensors of freed memory, instead of the system's new pages each time: a tenth of a run on a CPU.
+    """Have glibc make tensors of freed memory, instead of the system's new pages each time: a tenth of a run at 512 px.
 
     Blocks of up to 256 MiB, for up to a fifth more memory. Other systems, and a glibc before 2.35, stay as they are.
     """
