@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint types format notebooks bench
+.PHONY: demo test test-sweep test-full test-readme test-wheel lint types format notebooks figures bench
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -22,6 +22,18 @@ demo: .venv/installed
 test: .venv/installed-dev lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
+# Every combination of what `make test` runs a sample of.
+test-sweep: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m sweep -n auto
+
+# README's commands as they stand, pasted one after the other into a fresh shell on a fresh clone.
+test-readme:
+	$(PYTHON) tests/fresh/readme.py
+
+# sdist and wheel, built and installed into an empty environment.
+test-wheel:
+	$(PYTHON) tests/fresh/wheel.py
+
 # Full-size networks on a generated checkpoint: 20 GB of memory, 7 GB of disk under FULL_DIR.
 test-full: .venv/installed-dev
 	$(BIN)/pytest -m full -s tests/full
@@ -40,6 +52,10 @@ format: .venv/installed-dev
 # Run the notebooks and their solutions, check what they say, and keep the fresh outputs.
 notebooks: .venv/installed-dev
 	$(BIN)/python tests/test_notebooks.py
+
+# The figure of the two experts in README.md.
+figures: .venv/installed-dev
+	$(BIN)/python figures/experts.py
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/bench.py

@@ -1,7 +1,7 @@
 """One forward pass of the UNet, ours and diffusers' on the same tensors, in turns; prints the seconds as JSON.
 
 A child of bench.py. Both get what a pipeline has in hand: the text's outputs and the size numbers. The peer is loaded
-by assignment through `sdxl_ref.layouts`, so that one copy of the weights serves both.
+by assignment through `sdxl_ref.weights.layouts`, so that one copy of the weights serves both.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import peers
 import torch
 from torch import Tensor
 
-from sdxl_ref.checkpoint import open_checkpoint
-from sdxl_ref.conditioning import embed_numbers
+from sdxl_ref.text.conditioning import embed_numbers
+from sdxl_ref.weights.opening import open_checkpoint
 
 Forward = Callable[[], Tensor]
 

@@ -1,69 +1,129 @@
-"""The command line. Exit status 0 on success, 2 with one line for bad input, 1 for anything else."""
+"""The command line: `sdxl-ref COMMAND`, and the frame that `weights-convert` shares.
+
+A command is a module of `sdxl_ref.commands` whose docstring begins with its name and what it does ("`sdxl-ref refine`:
+…"), with `arguments(parser)` and `run(arguments)`; it is found in the folder, and imported when it runs.
+Exit status 0 on success, 2 with one line for bad input, 1 for anything else.
+"""
 
 import argparse
+import ast
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from sdxl_ref import __version__
-from sdxl_ref.config import InputError
+from sdxl_ref.config import InputError, nearest
 
-COMMANDS = {  # each a module of sdxl_ref.commands with `arguments(parser)` and `run(arguments)`
-    "demo": "paint a few prompts with the small pair that is installed, and refine a blurred scene",
-    "refine": "refine a picture under a prompt",
-    "generate": "make pictures from a prompt: base, ensemble of experts, or two stages",
-    "train": "fine-tune a base or a refiner on a folder of pictures: a LoRA, or the whole UNet",
-    "evaluate": "measure a base and a refiner that paint scenes",
-    "fetch": "download an official file and check its hash",
-    "info": "tell what a checkpoint is",
-}
+INVALID_CHOICE = re.compile(r"invalid choice: '(?P<word>[^']*)' \(choose from (?P<choices>.*)\)")
+COMMANDS = Path(__file__).parent / "commands"
+TITLE = re.compile(r"`[a-z-]+ (?P<name>[a-z-]+)`: (?P<summary>.+)")
+UNPRINTABLE = re.compile(r"[^ -~\u00a0-\U0010ffff]+")
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises InputError where argparse would end the process, and names the option that was perhaps meant."""
+
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
+        choice = INVALID_CHOICE.search(message)
+        hint = nearest(choice["word"], re.findall(r"[\w-]+", choice["choices"])) if choice else ""
+        raise InputError(f"{message}{hint} (see {self.prog} --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = getattr(arguments, "parser", self)
+            options = [option for action in command._actions for option in action.option_strings]
+            hint = nearest(unknown[0].partition("=")[0], options)
+            raise InputError(f"unrecognized arguments: {' '.join(unknown)}{hint} (see {command.prog} --help)")
+        return arguments
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows a default where there is one to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is False or action.default in (None, "")  # 0 is told
-        return action.help if silent else super()._get_help_string(action)
+        is_silent = action.default is False or action.default in (None, "", [])  # 0 is told
+        return action.help if is_silent else super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it may have been closed)
-    for stream in (sys.stdout, sys.stderr):  # a file name may hold what the terminal cannot show
-        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int:
+        arguments = parser(words).parse_args(words)
+        import_module(f"sdxl_ref.commands.{arguments.command}").run(arguments)
+        return 0
+
+    return run("sdxl-ref", work)
+
+
+def parser(words: Sequence[str]) -> Parser:
+    """All commands by name; the options of the one that the words begin with, which alone is imported."""
     top = Parser(prog="sdxl-ref", description="Stable Diffusion XL's refiner, and the system around it.")
     top.add_argument("--version", action="version", version=f"sdxl-ref {__version__}")
+    add_commands(top, COMMANDS, words)
+    return top
+
+
+def add_commands(top: Parser, folder: Path, words: Sequence[str]) -> None:
+    """Every command of a package's folder by name, and the options of the one that the words begin with."""
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, summary in summaries(folder).items():
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
+        command.set_defaults(parser=command)
+        if name in words[:1]:
+            import_module(f"{folder.parent.name}.commands.{name}").arguments(command)
+
+
+def summaries(folder: Path = COMMANDS) -> dict[str, str]:
+    """Every command with what it does, from the first line of its module, which is not imported."""
+    commands = {}
+    for path in sorted(folder.glob("*.py")):
+        title = TITLE.match(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+        if title:
+            commands[title["name"]] = title["summary"].rstrip(".")
+    return commands
+
+
+def run(name: str, work: Callable[[], int], stopped: str = "stopped") -> int:
+    """What a command's work returns, or the status of its failure, which is told in one line on standard error.
+
+    `stopped` is that line for Ctrl-C.
+    """
+    prepare_streams()
     try:
-        for name, summary in COMMANDS.items():
-            parser = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
-            if name in words[:1]:  # only the command that runs is imported
-                import_module(f"sdxl_ref.commands.{name}").arguments(parser)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told once, as an error
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-            arguments = top.parse_args(words)
-            import_module(f"sdxl_ref.commands.{arguments.command}").run(arguments)
+            warnings.showwarning = _show_warning
+            status = work()
         print(end="", flush=True)  # what cannot be written is found out here
     except InputError as error:
-        print("sdxl-ref: error:", re.sub(r"[^ -~\u00a0-\U0010ffff]+", " ", str(error)), file=sys.stderr)
+        print(f"{name}: error:", UNPRINTABLE.sub(" ", str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sdxl-ref: stopped", file=sys.stderr)
+        print(f"{name}: {stopped}", file=sys.stderr)
         return 1
     except OSError as error:  # standard output is full, or (a broken pipe) whoever read it has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            print("sdxl-ref: error:", error, file=sys.stderr)
+            print(f"{name}: error:", error, file=sys.stderr)
         return 1
-    return 0
+    return status
+
+
+def prepare_streams() -> None:
+    """A stream may have been closed, and a file name may hold what a terminal cannot show."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -5,21 +5,39 @@ The field names are those of the official configuration files (Stability-AI/gene
 """
 
 import dataclasses
+import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+PREDICTIONS = ("epsilon", "v")
+NO_SIZES = ("activation", "scale_factor")
 
 
 class InputError(ValueError):
     """Bad input from the user: the message says what was expected, what was found and what to do."""
 
 
+def nearest(word: object, words: Iterable[str]) -> str:
+    """A hint at the closest match for a misspelt word; empty where nothing is close."""
+    near = difflib.get_close_matches(str(word), list(words), n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+def unknown(what: str, word: object, words: Iterable[str]) -> str:
+    """The message for a word that is none of those known, with the nearest one."""
+    known = list(words)
+    return f"unknown {what} {word!r}{nearest(word, known) or ':'} expected one of {', '.join(known)}"
+
+
 def check_sizes(config: object) -> None:
     """InputError unless every field that is a size, or several, holds whole numbers that a network can have."""
     for name, value in vars(config).items():
+        if name in NO_SIZES:
+            continue
         least = 0 if name == "transformer_depth" else 1  # a level without attention has none
         sizes = value if isinstance(value, tuple | list) else [value]
-        right = all(type(n) is int and least <= n <= 10**6 for n in sizes)
-        if not right and name not in ("activation", "scale_factor"):
+        if not all(type(size) is int and least <= size <= 10**6 for size in sizes):
             raise InputError(f"{name} must be whole numbers from {least} to a million, found {value!r:.60}")
 
 
@@ -53,7 +71,9 @@ class UNetConfig:
     @property
     def depths(self) -> tuple[int, ...]:
         """Transformer blocks per attention, one number per level; the last one is the middle block's too."""
-        return (d,) * len(self.channel_mult) if isinstance(d := self.transformer_depth, int) else tuple(d)
+        if isinstance(self.transformer_depth, int):
+            return (self.transformer_depth,) * len(self.channel_mult)
+        return tuple(self.transformer_depth)
 
     def has_attention(self, level: int) -> bool:
         return 2**level in self.attention_resolutions
@@ -92,7 +112,8 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if self.ch % 32 or type(self.scale_factor) not in (int, float) or not 0 < self.scale_factor < 10**6:
+        is_number = type(self.scale_factor) in (int, float)
+        if self.ch % 32 or not is_number or not 0 < self.scale_factor < 10**6:
             raise InputError(f"expected ch % 32 == 0 and a scale_factor above 0, found {self.ch}, {self.scale_factor}")
 
 
@@ -107,12 +128,16 @@ class ModelConfig:
     text_encoders: tuple[TextEncoderConfig, ...]
     vae: VAEConfig
     resolution: int = 1024  # pixels a side of the pictures it was trained on
+    prediction: str = "epsilon"  # what the UNet returns: the noise, or "v"
 
     def __post_init__(self) -> None:
-        blocks = self.unet.num_res_blocks * sum(depth + 1 for depth in self.unet.depths)
-        blocks = max(blocks, self.vae.num_res_blocks * len(self.vae.ch_mult), *(t.layers for t in self.text_encoders))
+        unet_blocks = self.unet.num_res_blocks * sum(depth + 1 for depth in self.unet.depths)
+        vae_blocks = self.vae.num_res_blocks * len(self.vae.ch_mult)
+        blocks = max(unet_blocks, vae_blocks, *(text.layers for text in self.text_encoders))
         if blocks > 1000:
             raise InputError(f"expected networks of at most 1000 blocks, found {blocks}")
+        if self.prediction not in PREDICTIONS:
+            raise InputError(unknown("prediction", self.prediction, PREDICTIONS))
         if type(self.resolution) is not int or self.resolution % 8 or not 8 <= self.resolution <= 10**4:
             raise InputError(f"resolution must be a multiple of 8 up to 10000, found {self.resolution!r:.60}")
 
@@ -121,18 +146,28 @@ class ModelConfig:
         return "refiner" if len(self.text_encoders) == 1 else "base"
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        """What a file's metadata carries of a model; `prediction` is omitted where it is "epsilon"."""
+        fields = dataclasses.asdict(self)
+        if self.prediction == "epsilon":
+            del fields["prediction"]
+        return json.dumps(fields)
 
     @staticmethod
     def from_json(text: str) -> "ModelConfig":
         """The inverse of `to_json`; raises `InputError` where the text is no such configuration."""
         try:
-            raw = json.loads(text, object_hook=lambda d: {k: tuple(v) if type(v) is list else v for k, v in d.items()})
-            encoders = tuple(TextEncoderConfig(**each) for each in raw["text_encoders"])
-            unet, vae = UNetConfig(**raw["unet"]), VAEConfig(**raw["vae"])
-            return ModelConfig(unet, encoders, vae, raw.get("resolution", 1024))
+            fields = json.loads(text, object_hook=_with_tuples)
+            encoders = tuple(TextEncoderConfig(**encoder) for encoder in fields.pop("text_encoders"))
+            unet = UNetConfig(**fields.pop("unet"))
+            vae = VAEConfig(**fields.pop("vae"))
+            return ModelConfig(unet, encoders, vae, **fields)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"expected a configuration written by sdxl_ref, found {text[:60]!r} ({error})") from error
+
+
+def _with_tuples(fields: dict[str, object]) -> dict[str, object]:
+    """JSON has lists where a configuration has tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 CLIP_L = TextEncoderConfig(width=768, heads=12, layers=12, embed_dim=768, activation="quick_gelu")

@@ -10,25 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
+import pairs
 import peers
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sdxl_ref.config import ModelConfig
-from sdxl_ref.ecosystem import ImageToImagePipeline
 from sdxl_ref.networks.clip_l import CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
+from sdxl_ref.pipelines import ImageToImagePipeline
 
 Tamper = Callable[[Any], Any]
 EXACT = 1e-10  # float64: tells an eps of 1e-5 from 1e-6, which random weights in float32 hide
-PIPELINE = 1e-5  # float32, several steps
+PIPELINE = 1e-5  # float32, several steps: each adds a rounding error of about 1e-6
+FLOAT32 = 5e-6  # one network: what sums in another order leave
 CONFIGS = {"refiner": peers.SMALL_REFINER, "base": peers.SMALL_BASE}
 
 
@@ -57,12 +56,18 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 
 @lru_cache
+def unet_and_peer(kind: str, dtype: torch.dtype) -> tuple[UNet, Any]:
+    unet = peers.small_unet(CONFIGS[kind].unet).to(dtype)
+    return unet, peers.diffusers_unet(unet)
+
+
+@lru_cache
 def unet_reference(kind: str, size: tuple[int, int], dtype: torch.dtype) -> tuple[Any, ...]:
-    config = CONFIGS[kind].unet
-    unet = peers.small_unet(config).to(dtype)
-    x, context = normal(2, 4, *size, seed=1, dtype=dtype), normal(2, 77, config.context_dim, seed=2, dtype=dtype)
-    y, t = normal(2, config.adm_in_channels, seed=3, dtype=dtype), torch.tensor([199.0, 3.5])
-    peer = peers.diffusers_unet(unet)
+    unet, peer = unet_and_peer(kind, dtype)
+    x = normal(2, 4, *size, seed=1, dtype=dtype)
+    context = normal(2, 77, unet.config.context_dim, seed=2, dtype=dtype)
+    y = normal(2, unet.config.adm_in_channels, seed=3, dtype=dtype)
+    t = torch.tensor([199.0, 3.5])
     return unet.state_dict(), (x, t, context, y), peers.call_diffusers_unet(peer, x, t, context, y)
 
 
@@ -84,7 +89,8 @@ def check_unet(
 def vae_reference(dtype: torch.dtype) -> tuple[Any, ...]:
     vae = peers.small_vae().to(dtype)
     peer = peers.diffusers_vae(vae)
-    images, z = normal(2, 3, 64, 96, seed=1, dtype=dtype).clamp(-1, 1), normal(2, 4, 8, 12, seed=2, dtype=dtype)
+    images = normal(2, 3, 64, 96, seed=1, dtype=dtype).clamp(-1, 1)
+    z = normal(2, 4, 8, 12, seed=2, dtype=dtype)
     posterior = peer.encode(images).latent_dist
     return vae.state_dict(), images, z, posterior.mean, posterior.logvar, peer.decode(z).sample
 
@@ -147,118 +153,13 @@ def check_clip(dtype: torch.dtype = torch.float64, bound: float = EXACT) -> None
 
 
 @lru_cache
-def small_pipeline_parts() -> dict[str, nn.Module]:
-    return {
-        "unet": peers.small_unet(seed=1),
-        "vae": peers.small_vae(seed=2),
-        "text_encoder_2": peers.small_openclip(seed=3),
-    }
-
-
-@lru_cache
-def small_base_parts() -> dict[str, nn.Module]:
-    return {
-        "unet": peers.small_unet(peers.SMALL_BASE.unet, seed=4),
-        "vae": small_pipeline_parts()["vae"],
-        "text_encoder": peers.small_clip(seed=5),
-        "text_encoder_2": peers.small_openclip(seed=6),
-    }
-
-
-@lru_cache
-def tokenizer(pad: str = "!") -> Any:
-    return peers.clip_tokenizer(Path(mkdtemp()), pad=pad)
-
-
-def picture() -> Image.Image:
-    from importlib.resources import files
-
-    return Image.open(str(files("sdxl_ref") / "data" / "photo.jpg")).resize((128, 96))
-
-
-def request(**changes: Any) -> dict[str, Any]:
-    """Arguments that both pipelines take; the sizes are no whole numbers of bfloat16."""
-    arguments: dict[str, Any] = {
-        "prompt": "a cup of coffee on a table, morning light",
-        "negative_prompt": "blurry",
-        "image": picture(),
-        "strength": 0.5,
-        "num_inference_steps": 10,
-        "guidance_scale": 5.0,
-        "original_size": (1001, 777),
-        "crops_coords_top_left": (3, 515),
-        "negative_original_size": (333, 611),
-        "output_type": "latent",
-    }
-    return arguments | changes
-
-
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-def diffusers_text2img(scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading", **config: Any) -> Any:
-    import diffusers
-
-    parts = small_base_parts()
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        vae=peers.diffusers_vae(parts["vae"]),  # type: ignore[arg-type]
-        text_encoder=peers.transformers_clip(parts["text_encoder"]),  # type: ignore[arg-type]
-        tokenizer=tokenizer("<|endoftext|>"),
-        text_encoder_2=peers.transformers_openclip(parts["text_encoder_2"]),  # type: ignore[arg-type]
-        tokenizer_2=tokenizer(),
-        unet=peers.diffusers_unet(parts["unet"]),  # type: ignore[arg-type]
-        scheduler=getattr(diffusers, scheduler)(**SCHEDULE, timestep_spacing=spacing, **config),
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def diffusers_base_img2img(scheduler: str = "EulerDiscreteScheduler") -> Any:
-    """The base's own parts in the pipeline that goes on from noisy latents."""
-    import diffusers
-
-    parts = {
-        k: v
-        for k, v in diffusers_text2img(scheduler).components.items()
-        if k not in ("image_encoder", "feature_extractor")
-    }
-    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
-        **parts, requires_aesthetics_score=False, force_zeros_for_empty_prompt=True, add_watermarker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def diffusers_img2img(scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading", **config: Any) -> Any:
-    import diffusers
-
-    parts = small_pipeline_parts()
-    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
-        vae=peers.diffusers_vae(parts["vae"]),  # type: ignore[arg-type]
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=peers.transformers_openclip(parts["text_encoder_2"]),  # type: ignore[arg-type]
-        tokenizer_2=tokenizer(),
-        unet=peers.diffusers_unet(parts["unet"]),  # type: ignore[arg-type]
-        scheduler=getattr(diffusers, scheduler)(**SCHEDULE, timestep_spacing=spacing, **config),
-        requires_aesthetics_score=True,
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@lru_cache
 def pipeline_reference() -> Tensor:
-    return diffusers_img2img()(**request(), generator=torch.Generator().manual_seed(7)).images  # type: ignore[no-any-return]
+    return pairs.diffusers_refiner()(**pairs.request(), generator=pairs.seeded(7)).images  # type: ignore[no-any-return]
 
 
-def check_pipeline(config: ModelConfig = peers.SMALL_REFINER, tamper: Tamper = untouched) -> None:
+def check_pipeline(config: ModelConfig = pairs.REFINER, tamper: Tamper = untouched) -> None:
     theirs = pipeline_reference()
-    pipeline = ImageToImagePipeline(config, **small_pipeline_parts())
+    pipeline = ImageToImagePipeline(config, **pairs.networks("refiner"))
     tamper(pipeline)
-    latents = pipeline(**request(), generator=torch.Generator().manual_seed(7)).images
+    latents = pipeline(**pairs.request(), generator=pairs.seeded(7)).images
     close(latents, theirs, PIPELINE, "image-to-image latents")

@@ -1,9 +1,16 @@
-"""A small hub on the loopback, with the routes of the Hugging Face hub that huggingface_hub uses to read a model."""
+"""A small hub on the loopback, with the routes of the Hugging Face hub that huggingface_hub uses to read a model.
+
+huggingface_hub reads its settings when it is imported: what asks this hub runs in a process of its own, see `run`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -85,3 +92,13 @@ class Hub:
 
     def missing(self, code: str) -> tuple[int, dict[str, str], bytes]:
         return 404, {"X-Error-Code": code, "X-Error-Message": code, "Content-Type": "application/json"}, b"{}"
+
+
+def run(code: str, hub: Hub, cache: Path, *, offline: bool = False) -> subprocess.CompletedProcess[str]:
+    """A program in a process whose hub is this one, and whose cache and current folder is `cache`."""
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    if offline:
+        settings["HF_HUB_OFFLINE"] = "1"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | settings
+    program = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(program, env=environment, capture_output=True, text=True, cwd=cache)

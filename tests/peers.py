@@ -1,7 +1,10 @@
 """The peers of the parity tests, built live on our weights: diffusers, transformers and open_clip.
 
-Weights are seeded, never loaded. Names are translated by `sdxl_ref.layouts`, which the tests of that module check
-against the peers' own key lists.
+Weights are seeded, never loaded. Names are translated by `sdxl_ref.weights.layouts`, which the tests of that module
+check against the peers' own key lists.
+
+Models come in two sizes: SMALL has SDXL's structure, level by level, for what is about the networks; TINY takes a
+quarter of the time, for what is about what is done with them.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdxl_ref import layouts
 from sdxl_ref.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from sdxl_ref.networks.clip_l import CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
+from sdxl_ref.weights import layouts
+from sdxl_ref.weights.checkpoint import build, prefixes
 
 SMALL_REFINER = ModelConfig(
     unet=UNetConfig(
@@ -52,6 +56,21 @@ SMALL_BASE = replace(
         TextEncoderConfig(width=32, heads=2, layers=3, embed_dim=32, activation="quick_gelu"),
         *SMALL_REFINER.text_encoders,
     ),
+)
+TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
+TINY_REFINER = replace(
+    SMALL_REFINER,
+    unet=replace(
+        SMALL_REFINER.unet, num_res_blocks=1, channel_mult=(1, 2, 2), attention_resolutions=(2,), transformer_depth=1
+    ),
+    vae=TINY_VAE,
+)
+TINY_BASE = replace(
+    SMALL_BASE,
+    unet=replace(
+        SMALL_BASE.unet, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(2,), transformer_depth=(1, 2)
+    ),
+    vae=TINY_VAE,
 )
 
 
@@ -87,6 +106,11 @@ def small_openclip(config: TextEncoderConfig = SMALL_REFINER.text_encoders[0], s
 
 def small_clip(config: TextEncoderConfig = SMALL_BASE.text_encoders[0], seed: int = 0) -> CLIPTextEncoder:
     return randomise(CLIPTextEncoder(config), seed)  # type: ignore[return-value]
+
+
+def networks(config: ModelConfig, seed: int = 0) -> dict[str, nn.Module]:
+    """Every network of a model, by its part."""
+    return {part: randomise(build(part, config), seed) for part in prefixes(config)}
 
 
 def translate(part: layouts.Part, module: nn.Module) -> dict[str, Tensor]:
@@ -243,5 +267,6 @@ def clip_tokenizer(folder: Path, pad: str) -> Any:
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
     """Relative L2 distance, in float64."""
-    ours, theirs = ours.double(), theirs.double()
+    ours = ours.detach().double()
+    theirs = theirs.detach().double()
     return float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs))

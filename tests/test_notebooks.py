@@ -41,7 +41,7 @@ def run(path: Path, more: Sequence[str] = ()) -> Any:
     import matplotlib.font_manager  # noqa: F401  (the first import on a machine writes a cache, and says so)
 
     book = read(path)
-    book.cells += [nbformat.v4.new_code_cell(each) for each in more]
+    book.cells += [nbformat.v4.new_code_cell(source) for source in more]
     here = {"metadata": {"path": str(path.parent)}}
     quiet = ["--log-level=ERROR"]  # else each kernel says on the terminal that it listens on a local port
     options = {
@@ -64,16 +64,20 @@ def code_cells(book: Any) -> list[Any]:
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
+def prose(book: Any) -> str:
+    return "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+
+
 def solutions(book: Any) -> list[str]:
-    return [code for cell in book.cells if cell.cell_type == "markdown" for code in SOLUTION.findall(cell.source)]
+    return SOLUTION.findall(prose(book))
 
 
 def said(cell: Any) -> str:
     """All text that a cell shows."""
-    found = [output.text for output in cell.outputs if output.output_type == "stream"]
+    texts = [output.text for output in cell.outputs if output.output_type == "stream"]
     for output in cell.outputs:
-        found += [value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
-    return "\n".join(found)
+        texts += [value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
+    return "\n".join(texts)
 
 
 def check_outputs(book: Any) -> None:
@@ -89,7 +93,11 @@ def check_outputs(book: Any) -> None:
 
 def shape(book: Any) -> list[tuple[str, list[list[str]]]]:
     """What kinds of output each code cell has."""
-    return [(cell.id, [sorted(o.get("data", {"text": ""})) for o in cell.outputs]) for cell in code_cells(book)]
+    cells = []
+    for cell in code_cells(book):
+        kinds = [sorted(output.get("data", {"text": ""})) for output in cell.outputs]
+        cells.append((cell.id, kinds))
+    return cells
 
 
 def split(text: str) -> tuple[str, list[str]]:
@@ -112,14 +120,17 @@ def last_place(number: str) -> int:
 
 def differences(kept: Any, fresh: Any) -> list[str]:
     """Where the text that two runs of a notebook show differs by more than machines do."""
-    found = []
+    lines = []
     for old, new in zip(code_cells(kept), code_cells(fresh), strict=False):
-        (text, numbers), (new_text, new_numbers) = split(said(old)), split(said(new))
+        text, numbers = split(said(old))
+        new_text, new_numbers = split(said(new))
         if text != new_text:
-            found.append(f"{old.id}: {text!r} is now {new_text!r}")
-        elif off := [f"{a} is now {b}" for a, b in zip(numbers, new_numbers, strict=True) if not near(a, b)]:
-            found.append(f"{old.id}: {', '.join(off)}")
-    return found
+            lines.append(f"{old.id}: {text!r} is now {new_text!r}")
+            continue
+        for number, new_number in zip(numbers, new_numbers, strict=True):
+            if not near(number, new_number):
+                lines.append(f"{old.id}: {number} is now {new_number}")
+    return lines
 
 
 def test_all_three_are_there() -> None:
@@ -163,8 +174,10 @@ def test_what_machines_differ_in_passes_and_nothing_more() -> None:
 def test_what_is_kept_was_run_in_order_and_reads_well(path: Path) -> None:
     book = read(path)
     check_outputs(book)
-    assert [cell.execution_count for cell in code_cells(book)] == list(range(1, len(code_cells(book)) + 1))
-    assert sum("image/png" in kinds for _, outputs in shape(book) for kinds in outputs) >= 5
+    cells = code_cells(book)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    figures = [kinds for _, outputs in shape(book) for kinds in outputs if "image/png" in kinds]
+    assert len(figures) >= 5
     assert path.stat().st_size < LARGEST
     assert set(book.metadata) == {"kernelspec", "language_info"}
 
@@ -173,21 +186,23 @@ def test_what_is_kept_was_run_in_order_and_reads_well(path: Path) -> None:
 def test_its_form(path: Path) -> None:
     """A question, predictions, one line that names the weights, assertions, exercises with folded solutions."""
     book = read(path)
-    prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+    sources = [cell.source for cell in code_cells(book)]
     assert "**The question.**" in book.cells[0].source
-    assert prose.count("> **Predict first.**") >= 4
-    assert sum(cell.source.startswith(WEIGHTS) for cell in code_cells(book)) == 1
-    assert prose.count("<details>") == len(solutions(book)) >= 3
-    assert sum(cell.source.count("assert ") for cell in code_cells(book)) >= 20
+    assert prose(book).count("> **Predict first.**") >= 4
+    assert sum(source.startswith(WEIGHTS) for source in sources) == 1
+    assert prose(book).count("<details>") == len(solutions(book)) >= 3
+    assert sum(source.count("assert ") for source in sources) >= 20
 
 
 @every
 def test_it_defines_no_network_of_its_own(path: Path) -> None:
     book = read(path)
-    for source in [*(cell.source for cell in code_cells(book)), *solutions(book)]:
+    sources = [cell.source for cell in code_cells(book)]
+    for source in [*sources, *solutions(book)]:
         for node in ast.walk(ast.parse(source)):
             assert not isinstance(node, ast.ClassDef)
-            assert not (isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in ("nn", "torch.nn"))
+            if isinstance(node, ast.Attribute | ast.Name):
+                assert ast.unparse(node) not in ("nn", "torch.nn")
 
 
 if __name__ == "__main__":

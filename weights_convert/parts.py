@@ -1,98 +1,70 @@
 """Parts that come in files of their own: an autoencoder, or open_clip's bigG text tower."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sdxl_ref import layouts
-from sdxl_ref.checkpoint import PICKLES, build_empty
-from sdxl_ref.config import REFINER_1_0, InputError, ModelConfig
+from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.weights import layouts
+from sdxl_ref.weights.checkpoint import prefixes
+from sdxl_ref.weights.folder import Source, stored_in
+from sdxl_ref.weights.layouts import Rule
+from sdxl_ref.weights.opening import find_file
 
-Tensors = Callable[[], Tensor]
 
-
-def vae_tensors(path: Path, config: ModelConfig) -> dict[str, Tensors]:
-    """An autoencoder's tensors by official name, from a file or folder in official or diffusers' names.
+def vae_sources(path: Path, config: ModelConfig) -> dict[str, Source]:
+    """Where a file, or the one of a folder, holds each tensor of the autoencoder, by its official key.
 
     Reads the official separate file (1.0, 0.9), a whole checkpoint, or diffusers' (such as fp16-fix). InputError where
     tensors are missing, or of another shape.
     """
-    file, state = weights_file(path), build_empty("vae", config).state_dict()
-    names = names_in(file)
-    prefix = "first_stage_model." if any(name.startswith("first_stage_model.") for name in names) else ""
-    if all(prefix + key in names for key in state):
-        return checked(file, state, {key: ([prefix + key], None) for key in state}, names)
-    rules = layouts.rules("vae", state, config.vae)
-    return checked(file, state, {rule.official: (list(rule.other), rule) for rule in rules}, names)
+    file = weights_file(path)
+    stored = stored_in(file)
+    state, rules = layouts.part_rules("vae", config)
+    prefix = prefixes(config)["vae"]
+    for prefix_there in ("", prefix):
+        if all(prefix_there + key in stored for key in state):
+            rules_there = [Rule(key, (prefix_there + key,)) for key in state]
+            return sources(file, prefix, state, rules_there)
+    return sources(file, prefix, state, rules)
 
 
-def openclip_tensors(path: Path, config: ModelConfig) -> dict[str, Tensors]:
-    """The text tower of open_clip's own file (`open_clip_model.safetensors`), whose names are the official ones.
+def openclip_sources(path: Path, config: ModelConfig) -> dict[str, Source]:
+    """Where open_clip's own file (`open_clip_model.safetensors`) holds each tensor of the text tower, by official key.
 
-    Newer files of open_clip put `text.` before them; the picture tower (`visual.`) is left alone. `logit_scale`, which
-    belongs to both towers, is read where it is there.
+    Its names are the official ones. Newer files put `text.` before them; the picture tower (`visual.`) is left alone.
+    `logit_scale`, which belongs to both towers, is read where it is there. InputError as `vae_sources` raises it.
     """
-    file, state = weights_file(path), build_empty("text_encoder_2", config).state_dict()
-    names = names_in(file)
-    prefix = "text." if "text.token_embedding.weight" in names else ""
-    where = {key: ([key if key == "logit_scale" else prefix + key], None) for key in state}
-    if "logit_scale" not in names:
-        del where["logit_scale"]
-    return checked(file, state, where, names)
+    file = weights_file(path)
+    stored = stored_in(file)
+    state, _ = layouts.part_rules("text_encoder_2", config)
+    prefix_there = "text." if "text.token_embedding.weight" in stored else ""
+    rules = [Rule(key, (prefix_there + key,)) for key in state if key != "logit_scale"]
+    if "logit_scale" in stored:
+        rules.append(Rule("logit_scale", ("logit_scale",)))
+    return sources(file, prefixes(config)["text_encoder_2"], state, rules)
 
 
-def is_vae(file: Path) -> bool:
-    """Whether a file holds an autoencoder of SDXL's, in official or diffusers' names, and no other part."""
-    state, names = build_empty("vae", REFINER_1_0).state_dict(), names_in(file)
-    official = set(state) <= {name.removeprefix("first_stage_model.") for name in names}
-    other = {name for rule in layouts.rules("vae", state, REFINER_1_0.vae) for name in rule.other} <= names
-    return (official or other) and not any(name.startswith(("model.", "conditioner.")) for name in names)
-
-
-def checked(
-    file: Path, state: Mapping[str, Tensor], where: Mapping[str, tuple[list[str], layouts.Rule | None]], names: set[str]
-) -> dict[str, Tensors]:
-    """A function for each tensor that reads it; InputError where one is missing or of another shape."""
-    found: dict[str, Tensors] = {}
-    for key, (sources, rule) in where.items():
-        absent = [name for name in sources if name not in names]
+def sources(file: Path, prefix: str, state: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Source]:
+    """The tensors that these rules make of those in a file, by official key. InputError where one does not fit."""
+    stored = stored_in(file)
+    fitting = {}
+    for rule in rules:
+        absent = [name for name in rule.other if name not in stored]
         if absent:
             raise InputError(f"{file} does not hold this part at these sizes: no tensor {absent[0]}")
-        found[key] = partial(one, file, sources, rule)
-        shape = found[key]().shape
-        if shape != state[key].shape:
-            raise InputError(f"{file}: {key} has the shape {tuple(shape)}, expected {tuple(state[key].shape)}")
-    return found
-
-
-def names_in(file: Path) -> set[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return set(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"expected a whole safetensors file, could not read {file}: {error}") from error
-
-
-def one(file: Path, sources: list[str], rule: layouts.Rule | None) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
-        tensors = [opened.get_tensor(name) for name in sources]
-    return tensors[0] if rule is None else rule.join(tensors)
+        source = Source(rule, [stored[name] for name in rule.other])
+        expected = tuple(state[rule.official].shape)
+        if source.shape != expected:
+            raise InputError(f"{file}: {rule.official} has the shape {source.shape}, expected {expected}")
+        fitting[prefix + rule.official] = source
+    return fitting
 
 
 def weights_file(path: Path) -> Path:
-    if path.suffix.lower() in PICKLES:
-        raise InputError(f"{path} is a pickle, which can run any code when opened: expected a safetensors file")
-    if os.path.isdir(path):
-        found = sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise InputError(f"expected one .safetensors file in {path}, found {len(found)}: name the file")
-        return found[0]
-    if not os.path.isfile(path):
+    """A file of weights, or the one of a folder. InputError as `find_file` raises it."""
+    if not os.path.exists(path):
         raise InputError(f"no such file: {path}")
-    return path
+    return find_file(path)

@@ -1,9 +1,6 @@
-"""What is in a file or folder, whether it is whole and genuine, and how two differ."""
-
-from __future__ import annotations
+"""Whether a file or folder is whole and genuine, and how two differ."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,78 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_ref.checkpoint import EXTRAS, KNOWN_FILES, Checkpoint, open_checkpoint, prefixes, sha256_of
 from sdxl_ref.config import InputError
-from sdxl_ref.folder import INDEX, Folder, headers, is_finite
-from weights_convert.convert import dtypes_of
-from weights_convert.parts import is_vae, weights_file
-from weights_convert.stream import HASH_KEY, dtypes_in
+from sdxl_ref.weights.checkpoint import KNOWN_FILES, Checkpoint
+from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.report import HEADER_LENGTH, dtypes_of
+from sdxl_ref.weights.tensor_files import is_finite, sha256_of
+from weights_convert.stream import HASH_KEY
 
 Json = dict[str, Any]
-OFFICIAL_SIZES = (6_075_981_930, 6_938_078_334)  # bytes of the official files, with either VAE: others need no hash
-VAES = {  # sha256 of files that hold a VAE alone -> whose they are, as the hub's repositories list them
-    "63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e": "stabilityai/sdxl-vae",
-    "1598f3d24932bcfe6634e8b618ea1e30ab1d57f5aad13a6d2de446d2199f2341": "stabilityai/sdxl-vae",
-    "bcb60880a46b63dea58e9bc591abe15f8350bde47b405f9c38f4be70c6161e68": "stabilityai/sdxl-vae in float16",
-    "235745af8d86bf4a4c1b5b4f529868b37019a10f7c0b2e79ad0abca3a22bc6e1": "fp16-fix (madebyollin/sdxl-vae-fp16-fix)",
-    "1b909373b28f2137098b0fd9dbc6f97f8410854f31f84ddc9fa04b077b0ace2c": "fp16-fix (madebyollin/sdxl-vae-fp16-fix)",
-}
-
-
-def inspect(path: Path, variant: str | None = None) -> Json:
-    """What it is, its parts with their sizes and dtypes, extras, its autoencoder, which may be all that a file holds.
-
-    Reads the VAE's tensors, and the whole file only where it has the size of an official one.
-    """
-    if not os.path.isfile(path / INDEX) and is_vae(file := weights_file(path)):
-        return inspect_vae(path, file)
-    checkpoint = open_checkpoint(path, variant)
-    dtypes = dtypes_of(checkpoint)
-    parts = {}
-    for part, prefix in prefixes(checkpoint.config).items():
-        keys = [key for key in checkpoint.shapes if key.startswith(prefix) and not EXTRAS.fullmatch(key)]
-        parts[part] = summary({key: checkpoint.shapes[key] for key in keys}, dtypes)
-    known = tuple(prefixes(checkpoint.config).values())
-    extras = [key for key in checkpoint.shapes if not key.startswith(known) or EXTRAS.fullmatch(key)]
-    return {
-        "path": str(path),
-        "model": checkpoint.name,
-        "note": checkpoint.note,
-        "parts": parts,
-        "extras": sorted(extras),
-        "vae": vae_of(checkpoint),
-        "metadata": {key: value for key, value in checkpoint.metadata.items() if len(value) < 200},
-    }
-
-
-def inspect_vae(path: Path, file: Path) -> Json:
-    """The same of a file that holds an autoencoder alone, told by the file's sha256."""
-    digest, shapes = sha256_of(file), {name: shape for name, (_, _, shape) in headers(file).items()}
-    found = {"path": str(path), "model": "an SDXL autoencoder (by its keys)", "note": "", "extras": [], "metadata": {}}
-    parts = {"vae": summary(shapes, dtypes_in(file))}
-    return found | {"parts": parts, "vae": f"{VAES.get(digest, 'unknown')}, file sha256 {digest}"}
-
-
-def summary(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> Json:
-    """How many tensors and parameters, and their dtypes."""
-    return {
-        "tensors": len(shapes),
-        "parameters": sum(math.prod(shape) for shape in shapes.values()),
-        "dtypes": sorted({str(dtypes[key]).removeprefix("torch.") for key in shapes}),
-    }
-
-
-def vae_of(checkpoint: Checkpoint) -> str:
-    """Which autoencoder a checkpoint holds: by the sha256 of an official file, or of a folder's file of the VAE."""
-    digest = ""
-    if isinstance(checkpoint, Folder):
-        prefix = prefixes(checkpoint.config)["vae"]
-        files = {path for key, (_, found) in checkpoint.sources.items() if key.startswith(prefix) for path, _ in found}
-        digest = sha256_of(*sorted(files))
-    elif checkpoint.path.stat().st_size in OFFICIAL_SIZES:
-        digest = checkpoint.sha256()
-    release, _, tensors = checkpoint.vae_name(digest).partition(", ")
-    return f"{VAES.get(digest, release)}, {tensors}"
 
 
 @dataclass(frozen=True)
@@ -96,25 +29,28 @@ class Verdict:
 
 
 def verify(path: Path, variant: str | None = None) -> list[Verdict]:
-    """Keys and shapes; the file's sha256 among the official ones; its own hash of tensors; every value finite."""
-    checkpoint = open_checkpoint(path, variant)  # strict: raises where keys or shapes do not fit
-    dtypes_of(checkpoint)  # and here where a dtype cannot be read
+    """Keys and shapes; the file's sha256 among the official ones; its own hash of tensors; every value finite.
+
+    InputError where keys or shapes do not fit, or a dtype cannot be read.
+    """
+    checkpoint = open_checkpoint(path, variant=variant)
+    dtypes_of(checkpoint)
     verdicts = [
         Verdict("keys and shapes", True, f"{len(checkpoint.shapes)} tensors of an SDXL {checkpoint.config.kind}")
     ]
     if checkpoint.path.is_file():
-        digest = checkpoint.sha256()
-        name, vae = KNOWN_FILES.get(digest, ("", ""))
-        known = f"{name}.safetensors, VAE {vae}" if name else "of no official file"
-        verdicts.append(Verdict("sha256", True, f"{digest}: {known}"))
+        verdicts.append(known_file(checkpoint))
         verdicts += own_hash(checkpoint)
-    bad = []
-    with checkpoint.reader() as get:
-        for key in sorted(checkpoint.shapes):
-            if not is_finite(get(key)):
-                bad.append(key)
-    found = f"{len(bad)} tensors hold NaN or infinity: {', '.join(bad[:3])}" if bad else "all"
-    return [*verdicts, Verdict("finite values", not bad, found)]
+    return [*verdicts, finite_values(checkpoint)]
+
+
+def known_file(checkpoint: Checkpoint) -> Verdict:
+    """The sha256 of a file, and which official one has it; one that is of none may be as good."""
+    digest = checkpoint.sha256()
+    if digest not in KNOWN_FILES:
+        return Verdict("sha256", True, f"{digest}: of no official file")
+    name, vae = KNOWN_FILES[digest]
+    return Verdict("sha256", True, f"{digest}: {name}.safetensors, VAE {vae}")
 
 
 def own_hash(checkpoint: Checkpoint) -> list[Verdict]:
@@ -123,11 +59,21 @@ def own_hash(checkpoint: Checkpoint) -> list[Verdict]:
     if claimed is None:
         return []
     with checkpoint.path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    found = f"0x{sha256_of(checkpoint.path, start=8 + header)}"
-    return [
-        Verdict("ModelSpec hash", claimed == found, found if claimed == found else f"{found}, but it says {claimed}")
-    ]
+        header = int.from_bytes(file.read(HEADER_LENGTH), "little")
+    actual = f"0x{sha256_of(checkpoint.path, start=HEADER_LENGTH + header)}"
+    if actual == claimed:
+        return [Verdict("ModelSpec hash", True, actual)]
+    return [Verdict("ModelSpec hash", False, f"{actual}, but it says {claimed}")]
+
+
+def finite_values(checkpoint: Checkpoint) -> Verdict:
+    """Whether no tensor holds NaN or infinity; the first that do by name."""
+    with checkpoint.reader() as read:
+        not_finite = [key for key in sorted(checkpoint.shapes) if not is_finite(read(key))]
+    if not not_finite:
+        return Verdict("finite values", True, "all")
+    names = ", ".join(not_finite[:3])
+    return Verdict("finite values", False, f"{len(not_finite)} tensors hold NaN or infinity: {names}")
 
 
 @dataclass(frozen=True)
@@ -142,11 +88,50 @@ class Difference:
     relative: float
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How many tensors of two checkpoints are equal, which differ, and the names that have no match, by the reason."""
+
+    mismatches: Mapping[str, list[str]]
+    equal: int
+    different: list[Difference]  # those first whose distance is not finite, then from the largest down
+
+    def is_same(self) -> bool:
+        return not self.different and not any(self.mismatches.values())
+
+    def to_json(self) -> Json:
+        different = [asdict(difference) for difference in self.different]
+        return {**self.mismatches, "equal": self.equal, "different": different}
+
+
+def diff(first: Path, second: Path, variant: str | None = None) -> Comparison:
+    """Keys that only one has, shapes that differ, and values that differ, in official names whatever the layouts."""
+    a = open_checkpoint(first, variant=variant)
+    b = open_checkpoint(second, variant=variant)
+    if a.config.kind != b.config.kind:
+        raise InputError(f"{first} is a {a.config.kind}, {second} a {b.config.kind}: they have no tensors to compare")
+    dtypes_a = dtypes_of(a)
+    dtypes_b = dtypes_of(b)
+    common = sorted(a.shapes.keys() & b.shapes.keys())
+    mismatches = {
+        "only in the first": sorted(a.shapes.keys() - b.shapes.keys()),
+        "only in the second": sorted(b.shapes.keys() - a.shapes.keys()),
+        "of another shape": [key for key in common if a.shapes[key] != b.shapes[key]],
+        "of another dtype": [key for key in common if dtypes_a[key] != dtypes_b[key]],
+    }
+    comparable = [key for key in common if a.shapes[key] == b.shapes[key]]
+    with a.reader() as read_a, b.reader() as read_b:
+        differences = [difference(key, read_a(key), read_b(key)) for key in comparable]
+    different = [d for d in differences if d is not None]
+    return Comparison(mismatches, len(comparable) - len(different), sorted(different, key=by_distance))
+
+
 def difference(key: str, x: Tensor, y: Tensor) -> Difference | None:
     """None where dtypes and values are the same, NaN where the other is NaN included."""
     if x.dtype == y.dtype and torch.equal(x, y):
         return None
-    first, second = x.double(), y.double()
+    first = x.double()
+    second = y.double()
     same = (first == second) | (first.isnan() & second.isnan())
     if x.dtype == y.dtype and same.all():
         return None
@@ -154,30 +139,6 @@ def difference(key: str, x: Tensor, y: Tensor) -> Difference | None:
     return Difference(key, float(change.max()), float(change.norm() / first.norm().clamp_min(1e-300)))
 
 
-def furthest(each: Difference) -> tuple[bool, float]:
+def by_distance(difference: Difference) -> tuple[bool, float]:
     """Orders what differs: first what is not finite, then from the largest distance down."""
-    return math.isfinite(each.relative), -each.relative
-
-
-def diff(first: Path, second: Path, variant: str | None = None) -> Json:
-    """Keys that only one has, shapes that differ, and values that differ, in official names whatever the layouts."""
-    a, b = open_checkpoint(first, variant), open_checkpoint(second, variant)
-    if a.config.kind != b.config.kind:
-        raise InputError(f"{first} is a {a.config.kind}, {second} a {b.config.kind}: they have no tensors to compare")
-    common = sorted(a.shapes.keys() & b.shapes.keys())
-    shapes = [key for key in common if a.shapes[key] != b.shapes[key]]
-    dtypes = dtypes_of(a), dtypes_of(b)
-    same_shape = [key for key in common if key not in shapes]
-    found = []
-    with a.reader() as read_a, b.reader() as read_b:
-        for key in same_shape:
-            if each := difference(key, read_a(key), read_b(key)):
-                found.append(each)
-    return {
-        "only in the first": sorted(a.shapes.keys() - b.shapes.keys()),
-        "only in the second": sorted(b.shapes.keys() - a.shapes.keys()),
-        "of another shape": shapes,
-        "of another dtype": [key for key in common if dtypes[0][key] != dtypes[1][key]],
-        "equal": len(same_shape) - len(found),
-        "different": [asdict(each) for each in sorted(found, key=furthest)],
-    }
+    return math.isfinite(difference.relative), -difference.relative

@@ -1,30 +1,40 @@
-"""What every command that makes pictures shares: its options, and the checks before the work."""
+"""What every command that makes pictures shares: its options, the checks before the work, and the written picture."""
 
 import argparse
 import ctypes
+import math
 import os
 import sys
-from collections.abc import Sequence
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from PIL import Image
 
 from sdxl_ref import __version__
-from sdxl_ref.checkpoint import Checkpoint
-from sdxl_ref.config import InputError
+from sdxl_ref.config import PREDICTIONS, InputError
 from sdxl_ref.diffusion.samplers import SAMPLERS
+from sdxl_ref.pictures.images import png_chunks
+from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
+from sdxl_ref.weights.checkpoint import Checkpoint
+from sdxl_ref.weights.saving import replacing
+from sdxl_ref.weights.tensor_files import sha256_of
+
+GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale")  # fields of a request
+SAMPLING = ("sampler", "spacing", "karras", *SAMPLER_OPTIONS)
+SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
 
 
-def sampling(p: argparse.ArgumentParser) -> None:
+def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", required=True, help="what the picture shows")
-    p.add_argument("--negative-prompt", help="what to steer away from")
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
-    p.add_argument("--guidance-scale", type=float, default=5.0, help="1 or less: no guidance")
-    p.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1; softens high guidance")
     p.add_argument("--sampler", default="euler", help=", ".join(SAMPLERS))
-    p.add_argument("--spacing", default="leading", help="leading, trailing, linspace or sgm")
-    p.add_argument("--karras", action="store_true", help="Karras sigmas between the ends of the spacing")
+    add_request_options(p, Request, *GUIDANCE, *(name for name in SAMPLING if name != "sampler"))
+    p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--seed", type=seed, default=0, help="of the noise; the same seed gives the same picture")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
@@ -32,6 +42,21 @@ def sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="where the picture goes; replaced if it is there")
     p.add_argument("--save-latents", type=Path, metavar="FILE", help="also write the final latents, as safetensors")
+
+
+def add_request_options(p: argparse.ArgumentParser, request_type: type[Request], *names: str) -> None:
+    """An option for each of these fields of a request, with its type, default and meaning."""
+    for field in fields(request_type):
+        if field.name not in names:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        meaning = field.metadata["meaning"]
+        if field.type is bool:
+            p.add_argument(flag, action="store_true", help=meaning)
+            continue
+        kinds = get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+        number: Any = next((kind for kind in (int, float) if kind in kinds), str)
+        p.add_argument(flag, type=number, default=field.default, help=meaning)
 
 
 def seed(text: str) -> int:
@@ -42,9 +67,12 @@ def seed(text: str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto": the best that is there. InputError where it is not to be had."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+            if backend.is_available():
+                return torch.device(kind)
+        return torch.device("cpu")
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # "meta" has no values
@@ -54,16 +82,17 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"device {name!r} is not to be had: expected auto, cpu, cuda or mps ({why})") from error
 
 
-def writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
+def check_writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
     """InputError unless files can be written there, on none that is read: found out before the work, not after it."""
-    given = [path for path in paths if path is not None]
-    places = [os.path.realpath(str(path)) for path in (*given, *read)]
-    for i, path in enumerate(given):
+    targets = [path for path in paths if path is not None]
+    places = [os.path.realpath(str(path)) for path in (*targets, *read)]
+    for i, path in enumerate(targets):
         if places[i] in places[:i] + places[i + 1 :]:
             raise InputError(f"cannot write {path}: another file is read or written there: name another one")
-        fits = len(os.fsencode(path.name)) <= 255 and (os.path.isfile(path) or not os.path.lexists(path))
+        is_short = len(os.fsencode(path.name)) <= 255
+        is_free = os.path.isfile(path) or not os.path.lexists(path)
         folder = os.path.dirname(places[i])  # of what a link points to
-        if not (fits and os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        if not (is_short and is_free and os.path.isdir(folder) and os.access(folder, os.W_OK)):
             raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
 
 
@@ -71,7 +100,64 @@ def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a picture's settings say of what made it. Reads the file once, for its hash."""
     digest = checkpoint.sha256()
     weights = {"file": checkpoint.path.name, "sha256": digest, "vae": checkpoint.vae_name(digest)}
-    return {"checkpoint": weights, "versions": {"sdxl_ref": __version__, "torch": torch.__version__}}
+    return {"checkpoint": weights, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    return {"sdxl_ref": __version__, "torch": torch.__version__}
+
+
+def say_what_runs(checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
+    print(f"{checkpoint.path.name}: {checkpoint.name}, {dtype} on {device}")
+    if checkpoint.note:
+        print(f"note: {checkpoint.note}")
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG with its settings: never half a file. InputError where it cannot be written."""
+    chunks = png_chunks(settings)
+    with replacing(path) as beside:
+        image.save(beside, format="PNG", pnginfo=chunks)
+
+
+def path_and_scale(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:SCALE` -> the adapter's file and its scale, 1 where there is none."""
+    name, colon, number = text.rpartition(":")
+    try:
+        path = Path(name if colon else text)
+        scale = float(number) if colon else 1.0
+    except ValueError:
+        path = Path(text)
+        scale = 1.0
+    if not math.isfinite(scale):
+        raise InputError(f"the scale of an adapter must be a finite number, found {text}")
+    return path, scale
+
+
+def adapter_files(texts: Sequence[str]) -> list[Path]:
+    """The files of `FILE` or `FILE:SCALE`, each once."""
+    return list(dict.fromkeys(path_and_scale(text)[0] for text in texts))
+
+
+def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """Put adapters (`FILE` or `FILE:SCALE`) on a pipeline and say where they fit; returns what its settings say."""
+    names = []
+    scales = []
+    digests = []
+    for i, text in enumerate(texts):
+        path, scale = path_and_scale(text)
+        name = f"{i} {path.stem}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what of it does not fit is in the report
+            reports = pipe.adapters.load(path, name)
+        for model, report in reports:
+            print(f"{path.name} at {scale:g} on the {model.config.kind}: {report}")
+        names.append(name)
+        scales.append(scale)
+        digests.append(sha256_of(path))
+    if names:
+        pipe.set_adapters(names, scales)
+    return {"lora": list(texts), "lora_sha256": digests}
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -79,6 +165,10 @@ def keep_freed_memory(device: torch.device) -> None:
 
     Blocks of up to 256 MiB, for up to a fifth more memory. Other systems, and a glibc before 2.35, stay as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and device.type == "cpu" else None
-    if mallopt and mallopt(-3, 1 << 28):  # M_MMAP_THRESHOLD: taken
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    if sys.platform != "linux" or device.type != "cpu":
+        return
+    mmap_threshold = -3
+    trim_threshold = -1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and mallopt(mmap_threshold, 1 << 28):
+        mallopt(trim_threshold, 1 << 30)

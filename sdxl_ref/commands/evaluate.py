@@ -1,35 +1,26 @@
 """`sdxl-ref evaluate`: what a base and a refiner trained on scenes can do, as tables and one chart."""
 
-from __future__ import annotations
-
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from sdxl_ref.commands.common import writable
+from sdxl_ref.commands.common import check_writable
 from sdxl_ref.config import InputError
-from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
+from sdxl_ref.pocket import evaluate
 from sdxl_ref.pocket.distance import patch_distances
-from sdxl_ref.pocket.evaluate import (
-    GROUPS,
-    HOW,
-    LEVELS,
-    UNDER_200,
-    Painters,
-    Share,
-    denoising_errors,
-    gain,
-    nearer,
-    prompts,
-    redrawn,
-    scores,
-    vae_quality,
-)
-from sdxl_ref.saving import replacing
+from sdxl_ref.pocket.painters import WAYS, Painters
+from sdxl_ref.pocket.report import report, write_chart
+from sdxl_ref.weights.saving import replacing, write_text
 
-FILES = ("evaluation.json", "evaluation.md", "evaluation.png")
+DATA = "evaluation.json"
+TABLES = "evaluation.md"
+CHART = "evaluation.png"
+FILES = (DATA, TABLES, CHART)
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -42,97 +33,47 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError("the chart needs matplotlib: pip install 'sdxl-ref[notebooks]'") from error
-    chosen = prompts(a.prompts)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the chart needs matplotlib: pip install 'sdxl-ref[notebooks]'")
+    chosen = evaluate.prompts(a.prompts)
     if a.out.exists() and not a.out.is_dir():
         raise InputError(f"expected a folder, or the name of a new one, as --out, found the file {a.out}")
-    writable(*((a.out / name for name in FILES) if a.out.is_dir() else [a.out]))
-    base = TextToImagePipeline.from_single_file(a.base)
-    refiner = ImageToImagePipeline.from_single_file(a.refiner)
+    check_writable(*([a.out / name for name in FILES] if a.out.is_dir() else [a.out]))
+    base = TextToImagePipeline.from_pretrained(a.base)
+    refiner = ImageToImagePipeline.from_pretrained(a.refiner)
     painters = Painters(base, refiner, a.steps, a.guidance_scale)
-    began = time.perf_counter()
-    figures: dict[str, Any] = {"prompts": a.prompts, "steps": a.steps, "guidance_scale": a.guidance_scale}
-    figures["vae_psnr"] = vae_quality(base.vae, chosen.drawn)
-    figures["levels"] = LEVELS
-    every = denoising_errors(base, chosen, LEVELS), denoising_errors(refiner, chosen, LEVELS)
-    figures["errors"] = {name: each.mean(dim=1).tolist() for name, each in zip(("base", "refiner"), every, strict=True)}
-    under = denoising_errors(base, chosen, UNDER_200), denoising_errors(refiner, chosen, UNDER_200)
-    figures["gain"] = gain(*under)
-    captions = [scene.caption for scene in chosen.all]
-    painted = {how: painters.paint(how, captions) for how in HOW}
-    for how, pictures in painted.items():
-        figures[how] = {"scores": scores(pictures, chosen), "distances": patch_distances(pictures, chosen.drawn)}
-    figures["nearer"] = nearer(painted["base alone"], painted["ensemble"], chosen)
-    again = patch_distances(redrawn(chosen), chosen.drawn)
-    figures["drawn"] = {"scores": scores(chosen.drawn, chosen), "distances": again}
-    figures["seconds"] = time.perf_counter() - began
-    print(text := report(figures), flush=True)
+    figures = {"prompts": a.prompts, **measure(painters, chosen, a.steps, a.guidance_scale)}
+    tables = report(figures)
+    print(tables, flush=True)
     a.out.mkdir(exist_ok=True)
-    data, tables, picture = (a.out / name for name in FILES)
-    with replacing(data) as beside:
-        beside.write_text(json.dumps(figures, default=vars, indent=1))
-    with replacing(tables) as beside:
-        beside.write_text(text)
-    with replacing(picture) as beside:
-        chart(figures, beside)
+    write_text(a.out / DATA, json.dumps(figures, default=vars, indent=1))
+    write_text(a.out / TABLES, tables)
+    with replacing(a.out / CHART) as temporary:
+        write_chart(figures, temporary)
     print(f"wrote {', '.join(FILES)} in {a.out}")
 
 
-def report(figures: dict[str, Any]) -> str:
-    """Markdown: every figure with its count and interval."""
-    share, low, high = figures["gain"]
-    lines = [f"- Autoencoder: {figures['vae_psnr']:.1f} dB on {figures['prompts']} scenes that it was not trained on."]
-    lines += [f"- Refiner's denoising error for t < 200: {share:.1%} under the base's ({low:.1%} to {high:.1%})."]
-    lines += [f"- Painted with {figures['steps']} network evaluations, guidance {figures['guidance_scale']}.", ""]
-    ways = (*HOW, "drawn")
-    lines += ["| all right | " + " | ".join(ways) + " |", "| --- |" + " --- |" * len(ways)]
-    for group in figures["drawn"]["scores"]:
-        lines.append(f"| {group} | " + " | ".join(str(figures[w]["scores"][group]["all_right"]) for w in ways) + " |")
-    lines += ["", "| attribute, all groups | " + " | ".join(ways) + " |", "| --- |" + " --- |" * len(ways)]
-    for name in next(iter(figures["drawn"]["scores"].values())):
-        counted = [group for group, (things, _) in GROUPS.items() if name != "relation" or things == 2]
-        cells = [together([figures[w]["scores"][group][name] for group in counted]) for w in ways]
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "| patch distance to drawn scenes | " + " | ".join(ways) + " |", "| --- |" + " --- |" * len(ways)]
-    for side in figures["drawn"]["distances"]:
-        lines.append(f"| {side} px | " + " | ".join(f"{figures[w]['distances'][side]:.1f}" for w in ways) + " |")
-    means = [sum(figures[w]["distances"].values()) / len(figures[w]["distances"]) for w in ways]
-    lines += ["| mean | " + " | ".join(f"{mean:.1f}" for mean in means) + " |", ""]
-    less = [f"{side} px {m:.1f} ({low:.1f} to {high:.1f})" for side, (m, low, high) in figures["nearer"].items()]
-    return "\n".join([*lines, f"By so much is the ensemble's less than the base's: {', '.join(less)}.", ""])
-
-
-def together(shares: list[Share]) -> Share:
-    return Share(sum(each.right for each in shares), sum(each.of for each in shares))
-
-
-def chart(figures: dict[str, Any], path: Path) -> None:
-    """Scores by way of painting, beside the denoising errors by level."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    groups = list(figures["drawn"]["scores"])
-    for i, how in enumerate(HOW):
-        found = [figures[how]["scores"][group]["all_right"] for group in groups]
-        at = [100 * (each.right / each.of) for each in found]
-        ends = [[100 * each.interval[k] for each in found] for k in (0, 1)]
-        bars = [[a - b for a, b in zip(at, ends[0], strict=True)], [b - a for a, b in zip(at, ends[1], strict=True)]]
-        left.bar([g + 0.27 * (i - 1) for g in range(len(groups))], at, 0.25, yerr=bars, capsize=2, label=how)
-    left.set_xticks(range(len(groups)), [group.replace(", ", ",\n") for group in groups])
-    left.set_ylabel("prompts painted all right, %")
-    left.set_ylim(0, 105)
-    left.legend(loc="lower left")
-    for name in ("base", "refiner"):
-        upto = len(figures["levels"]) if name == "base" else sum(level < 200 for level in figures["levels"])
-        right.plot(figures["levels"][:upto], figures["errors"][name][:upto], marker=".", label=name)
-    right.set_yscale("log")
-    right.set_xlabel("training step t")
-    right.set_ylabel("mean squared error of the noise")
-    right.legend()
-    figure.savefig(path, format="png", dpi=120)
+def measure(painters: Painters, chosen: evaluate.Prompts, steps: int, guidance_scale: float) -> dict[str, Any]:
+    """All figures, by their names in evaluation.json."""
+    start = time.perf_counter()
+    pipes = {"base": painters.base, "refiner": painters.refiner}
+    figures: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
+    figures["vae_psnr"] = evaluate.vae_quality(painters.base.vae, chosen.drawn)  # type: ignore[arg-type]
+    figures["levels"] = evaluate.LEVELS
+    figures["errors"] = {}
+    errors_under_200 = {}
+    for name, pipe in pipes.items():
+        errors = evaluate.denoising_errors(pipe, chosen, evaluate.LEVELS)  # (levels,pictures)
+        figures["errors"][name] = errors.mean(dim=1).tolist()
+        errors_under_200[name] = evaluate.denoising_errors(pipe, chosen, evaluate.UNDER_200)
+    figures["gain"] = evaluate.gain(errors_under_200["base"], errors_under_200["refiner"])
+    captions = [scene.caption for scene in chosen.all]
+    painted = {way: painters.paint(way, captions) for way in WAYS}
+    for way in WAYS:
+        distances = patch_distances(painted[way], chosen.drawn)
+        figures[way] = {"scores": evaluate.scores(painted[way], chosen), "distances": distances}
+    figures["nearer"] = evaluate.nearer(painted["base alone"], painted["ensemble"], chosen)
+    distances = patch_distances(evaluate.redrawn(chosen), chosen.drawn)
+    figures["drawn"] = {"scores": evaluate.scores(chosen.drawn, chosen), "distances": distances}
+    figures["seconds"] = time.perf_counter() - start
+    return figures

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from sdxl_ref.config import InputError
-from sdxl_ref.hub import REPOSITORIES, fetch
+from sdxl_ref.weights.hub import REPOSITORIES, fetch
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -18,4 +18,5 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     if not a.out.is_dir():
         raise InputError(f"expected an existing folder, found {a.out}")
-    print(f"{fetch(a.model, a.out, revision=a.revision)}: sha256 is the official one")
+    path = fetch(a.model, a.out, revision=a.revision)
+    print(f"{path}: sha256 is the official one")

@@ -1,41 +1,39 @@
 """`sdxl-ref train`: fine-tune a base or a refiner on a folder of captioned pictures, as a LoRA or in full."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
-from sdxl_ref.checkpoint import Checkpoint, build_empty, open_checkpoint, prefixes
 from sdxl_ref.commands.common import pick_device, seed
-from sdxl_ref.config import InputError
-from sdxl_ref.hub import resolve
+from sdxl_ref.config import PREDICTIONS, InputError
 from sdxl_ref.training.adapters import Choice, attach, chosen
-from sdxl_ref.training.data import Dataset, read_folder
+from sdxl_ref.training.cache import fingerprint
+from sdxl_ref.training.data import Dataset
 from sdxl_ref.training.diffusion import WEIGHTINGS, Objective, checkpoint_activations
-from sdxl_ref.training.finetune import (
-    ADAPTERS,
-    CHECKPOINT,
-    FineTuning,
-    Loss,
-    fingerprint,
-    place_in_world,
-    replicated,
-    write_adapter,
-    write_checkpoint,
+from sdxl_ref.training.finetune import FineTuning, FineTuningLoss
+from sdxl_ref.training.image_folder import read_folder
+from sdxl_ref.training.loop import Run, Settings
+from sdxl_ref.training.processes import (
+    first_alone,
+    is_lost_process,
+    locked_for_all,
+    process_group,
+    replicate,
+    report,
+    this_process,
 )
-from sdxl_ref.training.loop import Run, Settings, check_same, locked
+from sdxl_ref.training.results import ADAPTERS, CHECKPOINT, write_adapter, write_checkpoint
+from sdxl_ref.training.state import check_same
+from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, build_empty, prefixes
+from sdxl_ref.weights.opening import open_checkpoint
 
 EPILOG = """DATA is a folder of pictures with a file metadata.jsonl, one line for each picture:
 
@@ -76,6 +74,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--ema", type=float, default=0.0, help="decay of averaged weights, which are then the result; 0: none"
     )
     p.add_argument("--timesteps", type=int, nargs=2, metavar=("FIRST", "LAST"), help="(refiner 0 199, base 0 999)")
+    p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, where the file does not say it")
     p.add_argument("--weighting", default="uniform", choices=tuple(WEIGHTINGS), help="of the loss by noise level")
     p.add_argument("--drop-captions", type=float, default=0.1, help="share of captions that are dropped, for guidance")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of the weights")
@@ -87,25 +86,37 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is trained how."""
+
+    checkpoint: Checkpoint
+    choice: Choice | None  # which layers get a LoRA; None: the UNet learns in full
+    settings: Settings
+    objective: Objective
+
+
 def run(a: argparse.Namespace) -> None:
     choice, settings = check(a)
-    with processes(a.device) as device:
-        rank, world = place_in_world()
+    with process_group(pick_device(a.device)) as device:
+        process = this_process()
         try:
-            checkpoint = open_checkpoint(resolve(a.checkpoint))
-            about = identity(a, checkpoint, choice, settings)
-            with alone_in(a.out):
-                train(a, checkpoint, choice, settings, about, device)
+            checkpoint = open_model(a.checkpoint, a.prediction)
+            plan = Plan(
+                checkpoint, choice, settings, objective(a, checkpoint.config.kind, checkpoint.config.prediction)
+            )
+            run_identity = identity(a, plan)
+            with locked_for_all(a.out):
+                train(a, plan, run_identity, device)
         except InputError:
-            if rank:  # the first process tells of it
+            if not process.leads:  # the first process reports it
                 raise SystemExit(2) from None
             raise
         except (RuntimeError, ConnectionError) as error:
-            lost = isinstance(error, (ConnectionError, distributed.DistError)) or "gloo" in str(error)
-            if world == 1 or not lost:
+            if process.count == 1 or not is_lost_process(error):
                 raise
-            state = "start it again with the same command: it goes on from the last saved state"
-            print(f"sdxl-ref: error: another process of this run ended; {state}", file=sys.stderr)
+            remedy = "start it again with the same command: it goes on from the last saved state"
+            print(f"sdxl-ref: error: another process of this run ended; {remedy}", file=sys.stderr)
             raise SystemExit(1) from error
 
 
@@ -117,12 +128,14 @@ def check(a: argparse.Namespace) -> tuple[Choice | None, Settings]:
     for name in ("batch_size", "save_every"):
         if getattr(a, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(a, name)}")
-    given = {name: getattr(a, name) for name in ("rank", "alpha", "layers") if getattr(a, name) is not None}
-    choice = None if a.full else Choice(**given, convolutions=a.convolutions, text_encoders=a.text_encoders)
-    rate = (1e-5 if a.full else 1e-4) if a.learning_rate is None else a.learning_rate
+    choice = None
+    if not a.full:
+        options = {name: getattr(a, name) for name in ("rank", "alpha", "layers") if getattr(a, name) is not None}
+        choice = Choice(**options, convolutions=a.convolutions, text_encoders=a.text_encoders)
+    usual_rate = 1e-5 if a.full else 1e-4
     settings = Settings(
         steps=a.steps,
-        learning_rate=rate,
+        learning_rate=usual_rate if a.learning_rate is None else a.learning_rate,
         warm_up=a.warm_up,
         weight_decay=a.weight_decay,
         ema=a.ema,
@@ -130,135 +143,83 @@ def check(a: argparse.Namespace) -> tuple[Choice | None, Settings]:
         seed=a.seed,
         accumulate=a.accumulate,
     )
-    objective(a, "refiner")
+    objective(a, "refiner", "epsilon")
     return choice, settings
 
 
-def objective(a: argparse.Namespace, kind: str) -> Objective:
+def open_model(name: str, prediction: str | None) -> Checkpoint:
+    """Open the model to train; with a prediction, as if its file said that this is what the UNet returns."""
+    checkpoint = open_checkpoint(name)
+    if prediction is None:
+        return checkpoint
+    config = replace(checkpoint.config, prediction=prediction)
+    return replace(checkpoint, config=config, metadata={**checkpoint.metadata, CONFIG_KEY: config.to_json()})
+
+
+def objective(a: argparse.Namespace, kind: str, prediction: str) -> Objective:
+    """The objective of a "base" or "refiner" that predicts "epsilon" or "v". InputError for options out of range."""
     first, last = a.timesteps or (0, 199 if kind == "refiner" else 999)
-    return Objective(first, last, a.drop_captions, a.weighting)
+    return Objective(first, last, a.drop_captions, a.weighting, prediction)
 
 
-@contextmanager
-def processes(name: str) -> Iterator[torch.device]:
-    """Join the other processes that torchrun started, if it did; the device of this one."""
-    device = pick_device(name)
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield device
-        return
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if not os.environ.get(name)]:
-        raise InputError(f"expected torchrun's variables, found no {', '.join(missing)}: use it, or unset WORLD_SIZE")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-    try:
-        yield device
-    finally:
-        distributed.destroy_process_group()
-
-
-@contextmanager
-def first_alone() -> Iterator[None]:
-    """The first process does what follows while the others wait; then they do. Where it fails, they end."""
-    rank, world = place_in_world()
-    done = [False]
-    if rank:
-        distributed.broadcast_object_list(done)
-        if not done[0]:
-            raise InputError("the first process failed")
-    try:
-        yield
-        done = [True]
-    finally:
-        if world > 1 and rank == 0:
-            distributed.broadcast_object_list(done)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """No other run works in a folder meanwhile: the first process holds it for all. InputError where one does."""
-    with ExitStack() as held:
-        with first_alone():
-            if place_in_world()[0] == 0:
-                held.enter_context(locked(folder))
-        yield
-
-
-def say(*lines: str) -> None:
-    if place_in_world()[0] == 0:
-        for line in lines:
-            print(line, flush=True)
-
-
-def identity(
-    a: argparse.Namespace, checkpoint: Checkpoint, choice: Choice | None, settings: Settings
-) -> dict[str, object]:
+def identity(a: argparse.Namespace, plan: Plan) -> dict[str, object]:
     """What is trained how, data aside. InputError where --out or the layers forbid it, before hours of encoding."""
+    checkpoint = plan.checkpoint
     if a.full and (a.out / CHECKPOINT).exists() and (a.out / CHECKPOINT).samefile(checkpoint.path):
         raise InputError(f"the result would replace the checkpoint, {checkpoint.path}: choose another --out")
-    about: dict[str, object] = {
-        "settings": asdict(settings),
+    run_identity: dict[str, object] = {
+        "settings": asdict(plan.settings),
         "checkpoint": checkpoint.sha256(),
-        "lora": asdict(choice) if choice else None,
-        "objective": asdict(objective(a, checkpoint.config.kind)),
-        "pictures of a step": a.batch_size * place_in_world()[1],
+        "lora": asdict(plan.choice) if plan.choice else None,
+        "objective": plan.objective.identity,
+        "pictures of a step": a.batch_size * this_process().count,
         "dtype": a.dtype,
     }
-    results = [path for name in (CHECKPOINT, *ADAPTERS.values()) if (path := a.out / name).exists()]
-    if not check_same(a.out, about, partly=True) and results:
-        where = f"found {results[0]}, but no state of the run that wrote it"
-        raise InputError(f"{where}: move it, or choose another --out")
-    if choice:
-        parts = {part: build_empty(part, checkpoint.config) for part in prefixes(checkpoint.config) if part != "vae"}
-        chosen(parts, checkpoint.config, choice)
-    return about
+    results = [a.out / name for name in (CHECKPOINT, *ADAPTERS.values()) if (a.out / name).exists()]
+    if not check_same(a.out, run_identity, partly=True) and results:
+        problem = f"found {results[0]}, but no state of the run that wrote it"
+        raise InputError(f"{problem}: move it, or choose another --out")
+    if plan.choice:
+        config = checkpoint.config
+        empty_parts = {part: build_empty(part, config) for part in prefixes(config) if part != "vae"}
+        chosen(empty_parts, config, plan.choice)
+    return run_identity
 
 
-def train(
-    a: argparse.Namespace,
-    checkpoint: Checkpoint,
-    choice: Choice | None,
-    settings: Settings,
-    about: dict[str, object],
-    device: torch.device,
-) -> None:
-    config, dtype = checkpoint.config, getattr(torch, a.dtype)
-    aim = objective(a, config.kind)
-    say(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
+def train(a: argparse.Namespace, plan: Plan, run_identity: dict[str, object], device: torch.device) -> None:
+    """Train, and write the result."""
+    checkpoint = plan.checkpoint
+    config = checkpoint.config
+    dtype = getattr(torch, a.dtype)
+    report(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
     towers = {
         part: checkpoint.load(part, dtype, device) for part in prefixes(config) if part.startswith("text_encoder")
     }
     data = dataset(a, checkpoint, towers, device)
-    unet = checkpoint.load("unet", dtype, device)
+    parts = {"unet": checkpoint.load("unet", dtype, device)}
     torch.manual_seed(a.seed)
-    parts = {"unet": unet} | (towers if choice and choice.text_encoders else {})
+    if plan.choice and plan.choice.text_encoders:
+        parts |= towers
     del towers  # where their outputs are cached, their memory is free
-    factors = attach(parts, config, choice) if choice else None
     if a.gradient_checkpointing:
-        checkpoint_activations(unet)  # type: ignore[arg-type]
-    module = unet.requires_grad_(True) if factors is None else factors
-    parameters = sum(p.numel() for p in module.parameters())
-    what = "the whole UNet" if factors is None else f"a LoRA of rank {choice.rank} on {len(factors)} layers"  # type: ignore[union-attr]
-    loss = Loss(config, parts, aim, data.empty() if data.text_keys else None, factors)
-    wrapped = replicated(loss, some_unused=len(parts) > 1)
-    work = FineTuning(wrapped or loss, data, aim, a.batch_size)
-    state = Run(module, settings, a.out, about | {"data": digest(data)}, wrapped)
+        checkpoint_activations(parts["unet"])  # type: ignore[arg-type]
+    factors = attach(parts, config, plan.choice) if plan.choice else None
+    module = parts["unet"].requires_grad_(True) if factors is None else factors
+    loss = FineTuningLoss(parts, plan.objective, data.dropped_text() if data.text_keys else None, factors)
+    replicas = replicate(loss, some_unused=len(parts) > 1)
+    step_loss = FineTuning(replicas or loss, data, plan.objective, a.batch_size)
+    state = Run(module, plan.settings, a.out, run_identity | {"data": digest(data)}, replicas)
     if state.leads:
         data.clean()
-    plan = f"{settings.steps} steps of {a.batch_size * settings.accumulate * place_in_world()[1]} pictures"
-    say(f"training {what}: {parameters:,} parameters", f"plan: {plan}, t in {aim.first}..{aim.last}")
-    if a.full and dtype == torch.bfloat16:
-        say("note: steps below 1/512 of a weight are lost in bfloat16, most of a training's: use float32, --autocast")
-    if state.step:
-        say(f"going on from step {state.step}")
-    for _ in state.train(work, a.save_every):
+    report(*introduction(a, plan, module, state.step))
+    for _ in state.train(step_loss, a.save_every):
         pass
     if state.leads:
-        paths = [write_checkpoint(a.out, checkpoint, unet, state)] if factors is None else []
-        paths += write_adapter(a.out, config, factors, state) if factors is not None else []
-        say(f"wrote {', '.join(str(path) for path in paths)}")
+        if factors is None:
+            paths = [write_checkpoint(a.out, checkpoint, parts["unet"], state.averaged)]
+        else:
+            paths = write_adapter(a.out, config, factors, state.averaged)
+        report(f"wrote {', '.join(str(path) for path in paths)}")
 
 
 def dataset(
@@ -266,18 +227,44 @@ def dataset(
 ) -> Dataset:
     """The pictures, with what VAE and text encoders make of them: computed by the first process, read by all."""
     examples = read_folder(a.data)
-    vae = checkpoint.load("vae", torch.float32, device)
-    parts = {"vae": vae, **towers}
+    parts = {"vae": checkpoint.load("vae", torch.float32, device), **towers}
     fingerprints = {name: fingerprint(part) for name, part in parts.items()}
-    where = a.out / "cache", checkpoint.config
     with first_alone():
-        data = Dataset(examples, *where, parts, fingerprints, cache_text=not a.text_encoders, skip_bad=a.skip_bad)
-    sizes = ", ".join(f"{height}x{width}: {n}" for (height, width), n in sorted(Counter(data.sizes).items()))
-    say(*data.notes, f"{len(data)} pictures by size (height x width): {sizes}")
+        data = Dataset(
+            examples,
+            a.out / "cache",
+            checkpoint.config,
+            parts,
+            fingerprints,
+            cache_text=not a.text_encoders,
+            skip_bad=a.skip_bad,
+        )
+    sizes = [f"{height}x{width}: {count}" for (height, width), count in sorted(Counter(data.sizes).items())]
+    report(*data.notes, f"{len(data)} pictures by size (height x width): {', '.join(sizes)}")
     return data
 
 
+def introduction(a: argparse.Namespace, plan: Plan, module: nn.Module, step: int) -> list[str]:
+    """What a run says before its first step; `step` is that from which it is resumed, 0 for a new one."""
+    subject = "the whole UNet"
+    if plan.choice:
+        subject = f"a LoRA of rank {plan.choice.rank} on {len(list(module.children()))} layers"
+    count = sum(p.numel() for p in module.parameters())
+    pictures = a.batch_size * plan.settings.accumulate * this_process().count
+    timesteps = f"t in {plan.objective.first}..{plan.objective.last}"
+    lines = [f"training {subject}: {count:,} parameters"]
+    lines.append(f"plan: {plan.settings.steps} steps of {pictures} pictures, {timesteps}")
+    if plan.choice is None and a.dtype == "bfloat16":
+        lines.append(
+            "note: steps below 1/512 of a weight are lost in bfloat16, most of a training's: use float32, --autocast"
+        )
+    if step:
+        lines.append(f"going on from step {step}")
+    return lines
+
+
 def digest(data: Dataset) -> str:
-    """Of everything that a run learns from."""
-    rows = [data.latent_keys, dict(data.text_keys), [example.text for example in data.examples], data.numbers.tolist()]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    """The hash of everything that a run learns from."""
+    captions = [example.text for example in data.examples]
+    sources = [data.latent_keys, dict(data.text_keys), captions, data.numbers.tolist()]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()

@@ -1,86 +1,83 @@
-"""Samplers: pure functions of `(denoise, x, sigmas)`, one per algorithm, in sigma space.
+"""Samplers: pure functions of `(denoise, x, sigmas)`, one per algorithm, in sigma space; and the registry of them all.
 
-`denoise(x, sigma)` returns the estimate of the clean x0; x = x0 + sigma * noise. Each sampler is an iterator of
-`Step`s. The symbols are those of Karras et al. 2022 (arXiv:2206.00364). The first-order methods stand here; those of
-higher order in `higher_order.py`, which is imported when one of them runs.
+Euler's method, the usual one, stands here; each other one in its own file of the package `solvers`.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
+from pkgutil import iter_modules
 
-import torch
 from torch import Tensor
 
-from sdxl_ref.diffusion.denoiser import Denoise
-from sdxl_ref.noise import Generator, draw_noise
+from sdxl_ref.diffusion.steps import Denoise, Sampler, Step, check_amounts, churn, churn_gammas, levels, sampler
+from sdxl_ref.noise import Generator
 
 
-@dataclass(frozen=True)
-class Step:
-    """The state after a step: `x` at level `sigma`, and the clean estimate `denoised` that the step used.
-
-    The sampler goes on from `x` itself, so that writing into it steers the run.
-    """
-
-    x: Tensor
-    denoised: Tensor
-    sigma: Tensor
-
-
-def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator | None = None) -> Iterator[Step]:
-    """Euler's method on dx/dsigma = (x - denoised) / sigma: Karras et al. 2022, algorithm 1 without its correction.
-
-    The same steps as DDIM with eta 0 (Song et al. 2020, arXiv:2010.02502). Draws no noise.
-    """
-    for sigma, sigma_next in pairwise(levels(sigmas, x)):
-        denoised = denoise(x, sigma)
-        x = x + (x - denoised) / sigma * (sigma_next - sigma)
-        yield Step(x, denoised, sigma_next)
-
-
-def euler_ancestral(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator | None = None
+@sampler(stochastic=False, evaluations=1, paper="arXiv:2206.00364")
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    generator: Generator | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Iterator[Step]:
-    """An Euler step below the next level, then fresh noise that brings x back up to it (k-diffusion, eta 1).
+    """Euler's method on dx/dsigma = (x - denoised) / sigma, after Karras' churn.
 
-    The same steps as DDPM: Ho et al. 2020 (arXiv:2006.11239), algorithm 2, with the posterior ("fixed small")
-    variance. Draws randn(x.shape) at each step but the one that ends at 0.
+    Karras et al. 2022, algorithm 2 without its correction; `EulerEDMSampler` of the official code and `sample_euler`
+    of k-diffusion. One evaluation a step. Draws randn(x.shape) only with churn: before each step whose level is raised,
+    the one that ends at 0 too.
+
+    s_churn: from 0 (none) up. It is spread over the n steps: a level is raised by gamma = s_churn / n, at most
+    sqrt(2) - 1. s_tmin, s_tmax: only levels within this range are raised. A level raised above the schedule's highest
+    is outside of what a network has learnt. s_noise: the noise's standard deviation, 0 or more, 1 by the theory.
     """
-    for sigma, sigma_next in pairwise(levels(sigmas, x)):
-        denoised = denoise(x, sigma)
-        down, up = ancestral(sigma, sigma_next)
-        x = x + (x - denoised) / sigma * (down - sigma)
-        x = add_noise(x, up, generator)
+    check_amounts(s_churn=s_churn, s_noise=s_noise)
+    sigmas = levels(sigmas, x)
+    gammas = churn_gammas(sigmas, s_churn, s_tmin, s_tmax)
+    for (sigma, sigma_next), gamma in zip(pairwise(sigmas), gammas, strict=True):
+        x, sigma_hat = churn(x, sigma, gamma, s_noise, generator)
+        denoised = denoise(x, sigma_hat)
+        x = x + (x - denoised) / sigma_hat * (sigma_next - sigma_hat)
         yield Step(x, denoised, sigma_next)
 
 
-def levels(sigmas: Tensor, x: Tensor) -> Tensor:
-    """The levels as float32 on x's device; iterating gives 0-d tensors."""
-    return sigmas.to(device=x.device, dtype=torch.float32)
+class Samplers(Mapping[str, Sampler]):
+    """Samplers by name: `euler`, then one for each file of a package, sorted.
+
+    The file NAME.py holds the function NAME. Only the folder is listed: a file is imported when its sampler is asked
+    for, by `SAMPLERS["NAME"]`, and not by `in`, `len` or a loop over the names. KeyError for any other name.
+    """
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        spec = find_spec(package)  # looks the package up without importing it
+        files = iter_modules(spec.submodule_search_locations if spec else [])
+        self._names = ["euler", *sorted(file.name for file in files)]
+
+    def __getitem__(self, name: str) -> Sampler:
+        if name == "euler":
+            return euler
+        if name not in self._names:
+            raise KeyError(name)
+        module = import_module(f"{self._package}.{name}")  # the one place that imports a solver
+        function: Sampler = getattr(module, name)
+        return function
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
-def ancestral(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a step goes down to, and the spread of the noise that leads back: down^2 + up^2 = sigma_next^2."""
-    return sigma_next**2 / sigma, sigma_next * torch.sqrt(1 - (sigma_next / sigma) ** 2)
-
-
-def add_noise(x: Tensor, up: Tensor, generator: Generator | None) -> Tensor:
-    """x with noise of spread `up`, drawn only where that is above 0. ValueError without a generator."""
-    if generator is None:
-        raise ValueError("this sampler draws noise at each step: hand in a torch.Generator, or one per image in a list")
-    return x + up * draw_noise(x.shape, generator).to(x) if up > 0 else x
-
-
-def _higher_order(name: str) -> Callable[..., Iterator[Step]]:
-    return lambda *args, **options: getattr(import_module("sdxl_ref.diffusion.higher_order"), name)(*args, **options)
-
-
-SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
-    "euler": euler,
-    "ddim": euler,
-    "euler_ancestral": euler_ancestral,
-    "ddpm": euler_ancestral,
-    **{name: _higher_order(name) for name in ("heun", "dpmpp_2m", "dpmpp_2s_ancestral", "lms")},
-}
+SAMPLERS = Samplers("sdxl_ref.diffusion.solvers")

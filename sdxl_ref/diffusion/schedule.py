@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdxl_ref.config import InputError
+from sdxl_ref.config import InputError, unknown
 
 TRAIN_STEPS = 1000
 SPACINGS = ("leading", "trailing", "linspace", "sgm")
 STRENGTH_RULES = ("exact", "sgm")
+UNIT_VARIANCE = ("ddim", "ddpm")  # samplers whose own x has variance 1
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,11 @@ class Grid:
     inverse: Callable[[float], float]
 
     def timestep(self, sigma: float) -> float:
-        exact = dict(zip(self.sigmas.tolist(), self.timesteps, strict=False))
-        return exact[sigma] if sigma in exact else self.inverse(sigma)
+        """The training step of a level."""
+        for level, t in zip(self.sigmas.tolist(), self.timesteps, strict=False):  # the last level is no step's
+            if level == sigma:
+                return t
+        return self.inverse(sigma)
 
     def cut(self, start: int, stop: int) -> "Grid":
         """The steps from number `start` up to, not including, number `stop`."""
@@ -59,7 +63,7 @@ class NoiseSchedule:
 
         "leading" (with SDXL's `steps_offset` 1), "trailing" and "linspace" are diffusers' (Lin et al. 2023,
         arXiv:2305.08891, table 2), "sgm" is the official code's. InputError for an unknown spacing, steps outside
-        1..1000, or a level visited twice.
+        1..1000, or a grid that leaves the training steps.
         """
         if not (isinstance(steps, int) and 1 <= steps <= TRAIN_STEPS):
             raise InputError(f"the number of steps must be a whole number from 1 to {TRAIN_STEPS}, found {steps!r}")
@@ -74,7 +78,7 @@ class NoiseSchedule:
             t = np.linspace(TRAIN_STEPS - 1, 0, steps, endpoint=False).astype(int).astype(float)
             t = t if steps < TRAIN_STEPS else np.arange(TRAIN_STEPS - 1.0, -1.0, -1.0)
         else:
-            raise InputError(f"unknown spacing {spacing!r}: expected one of {', '.join(SPACINGS)}")
+            raise InputError(unknown("spacing", spacing, SPACINGS))
         if t[0] > TRAIN_STEPS - 1:
             raise InputError(f'"leading" with {steps} steps leaves the {TRAIN_STEPS} training steps: use "trailing"')
         return t
@@ -84,7 +88,8 @@ class NoiseSchedule:
         t = self.timesteps(steps, spacing)
         sigmas = np.interp(t, np.arange(TRAIN_STEPS), self.table)
         if karras:
-            high, low = sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7)
+            high = sigmas[0] ** (1 / 7)
+            low = sigmas[-1] ** (1 / 7)
             sigmas = (high + np.linspace(0.0, 1.0, steps) * (low - high)) ** 7
         inverse = self.nearest_timestep if spacing == "sgm" else self.timestep
         levels = torch.from_numpy(np.append(sigmas, 0.0)).float()
@@ -116,10 +121,16 @@ class NoiseSchedule:
         t = round(TRAIN_STEPS * (1 - Fraction(str(share))))
         return float(self.sigmas[t]) if t < TRAIN_STEPS else math.inf
 
-    def initial_scale(self, sigmas: Tensor, spacing: str) -> float:
-        """What unit noise starts with: sigma for "trailing", "linspace" (diffusers' Euler), else sqrt(1 + sigma^2)."""
+    def initial_scale(self, sigmas: Tensor, spacing: str, sampler: str = "euler") -> float:
+        """What unit noise is multiplied by at the start of text-to-image, for levels (n+1,).
+
+        sqrt(1 + sigma^2) at the first level; sigma itself for "trailing" and "linspace", as diffusers' Euler has it,
+        but not for "ddim" and "ddpm", which start from unit noise in their own scaling.
+        """
         first = float(sigmas[0])
-        return first if spacing in ("trailing", "linspace") else math.sqrt(1.0 + first**2)
+        if spacing in ("trailing", "linspace") and sampler not in UNIT_VARIANCE:
+            return first
+        return math.sqrt(1.0 + first**2)
 
 
 def strength_steps(steps: int, strength: float, rule: str = "exact") -> int:
@@ -130,12 +141,13 @@ def strength_steps(steps: int, strength: float, rule: str = "exact") -> int:
     rule, or where no step is left.
     """
     if rule not in STRENGTH_RULES:
-        raise InputError(f"unknown strength rule {rule!r}: expected one of {', '.join(STRENGTH_RULES)}")
+        raise InputError(unknown("strength rule", rule, STRENGTH_RULES))
     if not 0 < strength <= 1:
         raise InputError(f"strength must be above 0 and at most 1, found {strength}")
-    zero = rule == "sgm"
-    run = math.floor((steps + zero) * Fraction(str(strength))) - zero
+    trailing_zeros = 1 if rule == "sgm" else 0
+    run = math.floor((steps + trailing_zeros) * Fraction(str(strength))) - trailing_zeros
     if run < 1:
-        rounded_up = math.ceil(Fraction(1 + zero, steps + zero) * 10_000) / 10_000
+        smallest = Fraction(1 + trailing_zeros, steps + trailing_zeros)
+        rounded_up = math.ceil(smallest * 10_000) / 10_000
         raise InputError(f"strength {strength} runs 0 steps: the smallest strength is {rounded_up}")
     return run

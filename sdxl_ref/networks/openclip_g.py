@@ -41,7 +41,8 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)  # eps 1e-5
         self.attn = SelfAttention(width, config.heads)
         self.ln_2 = nn.LayerNorm(width)
-        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        c_fc = nn.Linear(width, 4 * width)
+        c_proj = nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=ACTIVATIONS[config.activation](), c_proj=c_proj))
 
     def forward(self, x: Tensor) -> Tensor:

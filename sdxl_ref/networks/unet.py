@@ -30,7 +30,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(group_norm(channels, EPS), nn.SiLU(), conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        norm, conv = group_norm(out_channels, EPS), conv3x3(out_channels, out_channels)
+        norm = group_norm(out_channels, EPS)
+        conv = conv3x3(out_channels, out_channels)
         self.out_layers = nn.Sequential(norm, nn.SiLU(), nn.Identity(), conv)  # [2] stands where dropout stood
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -123,7 +124,7 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Predicts the noise eps in a noisy latent.
+    """Predicts the noise eps in a noisy latent, or v: `Prediction` in diffusion/denoiser.py says what to make of it.
 
     `forward(x, timesteps, context, y)`: x (b,4,h,w), already divided by sqrt(sigma^2 + 1); timesteps (b,) int64 or
     float, in 0..999; context (b,77,context_dim); y (b,adm_in_channels), the pooled text and the embedded sizes.
@@ -151,7 +152,8 @@ class UNet(nn.Module):
 
         levels = len(config.channel_mult)
         self.input_blocks = nn.ModuleList([Stage(conv3x3(config.in_channels, width))])
-        channels, skips = width, [width]
+        channels = width
+        skips = [width]
         for level in range(levels):
             for _ in range(config.num_res_blocks):
                 channels, stage = layers(channels, level)
@@ -178,7 +180,8 @@ class UNet(nn.Module):
         emb = self.time_embed(sinusoidal_embedding(timesteps, self.config.model_channels).to(x.dtype))
         emb = emb + self.label_emb(y.to(x.dtype))  # (b, 4 * model_channels)
 
-        h, skips = x, []
+        h = x
+        skips = []
         for block in self.input_blocks:
             h = block(h, emb, context)
             skips.append(h)

@@ -2,7 +2,7 @@
 (Balaji et al. 2022, arXiv:2211.01324; Podell et al. 2023, arXiv:2307.01952, section 2.5).
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,21 +11,28 @@ import torch
 from torch import Tensor
 
 from sdxl_ref.config import InputError
-from sdxl_ref.diffusion.denoiser import Denoiser
-from sdxl_ref.diffusion.samplers import SAMPLERS, Step
+from sdxl_ref.diffusion.samplers import SAMPLERS
 from sdxl_ref.diffusion.schedule import Grid, NoiseSchedule
+from sdxl_ref.diffusion.steps import Denoise
+from sdxl_ref.pipelines.calling import CallablePipeline, Steps
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
-from sdxl_ref.pipelines.pipeline import run
+from sdxl_ref.pipelines.pipeline import Pipeline, sample
+from sdxl_ref.pipelines.request import option
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
+from sdxl_ref.weights.checkpoint import Checkpoint
+from sdxl_ref.weights.offload import Offload
+from sdxl_ref.weights.opening import WHERE
+
+SHARE = 0.8  # of the training steps that are the base's
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleRequest(TextToImageRequest):
     """Where the refiner takes over, in one of three units."""
 
-    switch: float | None = None  # share of the training steps, in (0, 1]; 0.8 where nothing is given
-    switch_sigma: float | None = None  # the lowest level that is the base's
-    switch_step: int | None = None  # number of steps that start in the base
+    switch: float | None = option("hand-off after this share of the training steps, in (0, 1]; None: 0.8", None)
+    switch_sigma: float | None = option("the lowest noise level that is the base's, instead", None)
+    switch_step: int | None = option("the number of steps that start in the base, instead", None)
 
 
 class EnsemblePlan(NamedTuple):
@@ -37,9 +44,9 @@ class EnsemblePlan(NamedTuple):
 
     def __str__(self) -> str:
         steps = self.grid.steps_above(self.switch)
-        levels = [float(self.grid.sigmas[i]) for i in (0, steps, -1)]
-        base = f"base {self.evaluations[0]} evaluations, sigma {levels[0]:.4g} → {levels[1]:.4g}"
-        return f"{base}; refiner {self.evaluations[1]}, {levels[1]:.4g} → {levels[2]:.4g}"
+        first, at_switch, last = (float(self.grid.sigmas[i]) for i in (0, steps, -1))
+        base = f"base {self.evaluations[0]} evaluations, sigma {first:.4g} → {at_switch:.4g}"
+        return f"{base}; refiner {self.evaluations[1]}, {at_switch:.4g} → {last:.4g}"
 
 
 @dataclass(frozen=True)
@@ -49,104 +56,150 @@ class Experts:
     The sampler does not know: its history and its half steps go through the hand-off undisturbed.
     """
 
-    base: Denoiser
-    refiner: Denoiser
+    base: Denoise
+    refiner: Denoise
     switch: float
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return (self.base if float(sigma) >= self.switch else self.refiner)(x, sigma)
+        expert = self.base if float(sigma) >= self.switch else self.refiner
+        return expert(x, sigma)
 
 
-def _of_base(name: str) -> Any:
+def _part_of_base(name: str) -> Any:
     """An attribute that is read from, and written to, the base."""
-    return property(lambda self: getattr(self.base, name), lambda self, part: setattr(self.base, name, part))
+    return property(
+        lambda self: getattr(self.base, name),
+        lambda self, part: setattr(self.base, name, part),
+        doc=f"The base's `{name}`.",
+    )
 
 
-class EnsemblePipeline:
-    """A base and a refiner as one. Parts that pipelines have (`unet`, `vae`, …) are the base's."""
+class EnsemblePipeline(CallablePipeline):
+    """A base and a refiner as one. What a pipeline has (`unet`, `vae`, `config`, `device`, …) is the base's.
+
+    `wrap_denoiser` may be set to a function around the `denoise(x, sigma)` that both experts make together; those of
+    `base` and `refiner` are around each one's own.
+    """
 
     request_type = EnsembleRequest
+    unet = _part_of_base("unet")
+    vae = _part_of_base("vae")
+    text_encoder = _part_of_base("text_encoder")
+    text_encoder_2 = _part_of_base("text_encoder_2")
+    config = _part_of_base("config")
+    device = _part_of_base("device")
+    dtype = _part_of_base("dtype")
 
     def __init__(self, base: TextToImagePipeline, refiner: ImageToImagePipeline) -> None:
+        super().__init__()
         TextToImagePipeline.check(base.config)
         ImageToImagePipeline.check(refiner.config)
-        self.base, self.refiner = base, refiner
+        if base.config.vae.scale_factor != refiner.config.vae.scale_factor:
+            scales = f"{base.config.vae.scale_factor} and {refiner.config.vae.scale_factor}"
+            raise InputError(f"expected a base and a refiner of one latent space, found latents scaled by {scales}")
+        self.base = base
+        self.refiner = refiner
 
     @classmethod
-    def from_single_file(
-        cls, base: str | Path, refiner: str | Path, *, low_memory: bool = False, **options: Any
+    def from_pretrained(
+        cls,
+        base: str | Path | Checkpoint | TextToImagePipeline,
+        refiner: str | Path | Checkpoint | ImageToImagePipeline,
+        *,
+        low_memory: bool = False,
+        **options: Any,
     ) -> "EnsemblePipeline":
-        """Open two files; `options` as in `Pipeline.from_single_file`. The refiner uses the base's VAE.
+        """Open two models; names and `options` as in `Pipeline.from_pretrained`. The refiner uses the base's VAE.
 
         low_memory: one set of weights in memory at a time, each read when it works and dropped for the next.
         """
+        if isinstance(refiner, str | Path | Checkpoint):  # a wrong file is found out before the base is read
+            refiner = ImageToImagePipeline.open(refiner, **{key: options[key] for key in WHERE if key in options})
         if low_memory:
-            from sdxl_ref.on_demand import Slot
+            options["offload"] = Offload(options.get("device", "cpu"))
+        if not isinstance(base, TextToImagePipeline):
+            base = TextToImagePipeline.from_pretrained(base, **options)
+        if not isinstance(refiner, ImageToImagePipeline):
+            refiner = ImageToImagePipeline.from_pretrained(refiner, **{**options, "vae": base.vae})
+        return cls(base, refiner)
 
-            options["slot"] = Slot()
-        opened = TextToImagePipeline.from_single_file(base, **options)
-        return cls(opened, ImageToImagePipeline.from_single_file(refiner, **options, vae=opened.vae))
+    from_single_file = from_pretrained
+
+    def models(self) -> Sequence[Pipeline]:
+        return [self.base, self.refiner]
 
     def to(self, *args: Any, **kwargs: Any) -> "EnsemblePipeline":
+        """Move both to a device, a dtype or both; a dtype leaves the VAE as it is."""
         self.base.to(*args, **kwargs)
         self.refiner.to(*args, **kwargs)
         return self
-
-    unet, vae = _of_base("unet"), _of_base("vae")
-    text_encoder, text_encoder_2 = _of_base("text_encoder"), _of_base("text_encoder_2")
 
     @staticmethod
     def plan(request: EnsembleRequest) -> EnsemblePlan:
         """Who evaluates where, by running the solver on nothing. InputError where one expert would run 0 steps."""
         grid, _ = TextToImagePipeline.plan(request)
-        switch = _switch(request, grid)
-        seen: list[float] = []
+        switch = switch_level(request, grid)
+        levels: list[float] = []
 
         def record(x: Tensor, sigma: Tensor) -> Tensor:
-            seen.append(float(sigma))
+            levels.append(float(sigma))
             return x
 
-        for _ in SAMPLERS[request.sampler](record, torch.zeros(1), grid.sigmas, generator=torch.Generator()):
+        sampler = SAMPLERS[request.sampler]
+        options = request.sampler_options()
+        for _ in sampler(record, torch.zeros(1), grid.sigmas, generator=torch.Generator(), **options):
             pass
-        base = sum(sigma >= switch for sigma in seen)
-        for name, count in (("base", base), ("refiner", len(seen) - base)):
+        base = len([sigma for sigma in levels if sigma >= switch])
+        for name, count in (("base", base), ("refiner", len(levels) - base)):
             if count == 0 and request.switch != 1.0:
-                first, last = float(grid.sigmas[0]), seen[-1]
                 raise InputError(
-                    f"with the switch at sigma {switch:.4g} the {name} would run 0 steps: "
-                    f"expected a level between {last:.4g} and {first:.4g}, the ends of this schedule"
+                    f"with the switch at sigma {switch:.4g} the {name} would run 0 steps: expected a level between "
+                    f"{levels[-1]:.4g} and {float(grid.sigmas[0]):.4g}, the ends of this schedule"
                 )
-        return EnsemblePlan(grid, switch, (base, len(seen) - base))
+        return EnsemblePlan(grid, switch, (base, len(levels) - base))
 
     @torch.no_grad()
-    def steps(self, request: EnsembleRequest) -> Iterator[Step]:
-        """The algorithm: draw noise, encode the prompt for each expert, denoise step by step."""
-        r, (grid, switch, _) = request, self.plan(request)
-        x, generator = self.base.first_noise(r, grid)
-        size = (x.shape[2] * self.base.vae_scale_factor, x.shape[3] * self.base.vae_scale_factor)
-        base, refiner = (each.denoiser(r, grid, len(x), size) for each in (self.base, self.refiner))
-        experts = Experts(base, refiner, switch)
-        yield from run(experts, r, grid.sigmas, x, generator)
+    def steps(self, request: EnsembleRequest) -> Steps:
+        """The algorithm: draw noise, encode the prompt for each expert, denoise step by step, decode."""
+        r = request
+        grid, switch, _ = self.plan(r)
+        x, generator = self.base.first_noise(r, grid)  # (b,4,h,w)
+        experts: list[Denoise] = []
+        for model in self.models():
+            text = model.encode_prompt(
+                r.prompt,
+                r.prompt_2 if model is self.base else None,
+                num_images_per_prompt=r.num_images_per_prompt,
+                do_classifier_free_guidance=r.guided,
+                negative_prompt=r.negative_prompt,
+                negative_prompt_2=r.negative_prompt_2 if model is self.base else None,
+            )
+            conditioning = model.condition(r, text, self.base.picture_size(x))
+            experts.append(model.wrapped(model.denoiser(r, conditioning, grid)))
+        base, refiner = experts
+        denoise = self.wrapped(Experts(base, refiner, switch))
+        for step in sample(r, denoise, x, grid.sigmas, generator):
+            yield step
+        return step.x if r.output_type == "latent" else self.decode(step.x)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b,4,h,w) -> pictures (b,3,H,W) in [0,1], by the base's VAE."""
         return self.base.decode(latents)
 
 
-def _switch(r: EnsembleRequest, grid: Grid) -> float:
+def switch_level(r: EnsembleRequest, grid: Grid) -> float:
     """The lowest level that is the base's. InputError for several units, or a value outside its range."""
-    if sum(each is not None for each in (r.switch, r.switch_sigma, r.switch_step)) > 1:
+    if [r.switch, r.switch_sigma, r.switch_step].count(None) < 2:
         raise InputError("switch, switch_sigma and switch_step are three units of one thing: give one of them")
     if r.switch_sigma is not None:
         return r.switch_sigma
     if r.switch_step is not None:
-        if not 0 < r.switch_step < len(grid.timesteps):
-            steps = len(grid.timesteps) - 1
+        steps = len(grid.timesteps) - 1
+        if not 0 < r.switch_step <= steps:
             raise InputError(f"switch_step {r.switch_step}: one expert would run 0 steps: expected from 1 to {steps}")
-        return float(
-            torch.nextafter(grid.sigmas[r.switch_step], torch.tensor(torch.inf))
-        )  # that level is the refiner's
-    share = 0.8 if r.switch is None else r.switch
+        just_above = torch.nextafter(grid.sigmas[r.switch_step], torch.tensor(torch.inf))
+        return float(just_above)  # the level itself is the refiner's
+    share = SHARE if r.switch is None else r.switch
     if not 0 < share <= 1:
         raise InputError(f"switch is a share of the training steps, above 0 and at most 1, found {share}")
     return NoiseSchedule().switch_sigma(share)

@@ -2,19 +2,23 @@
 arXiv:2108.01073), or go on from a noisy latent that another run left. The refiner's main job.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sdxl_ref.config import InputError
-from sdxl_ref.diffusion.samplers import Step
 from sdxl_ref.diffusion.schedule import NoiseSchedule, strength_steps
-from sdxl_ref.images import fit, load_image, to_tensor
 from sdxl_ref.noise import draw_noise, fresh_generators
-from sdxl_ref.pipelines.pipeline import Pipeline, Plan, Request, run
+from sdxl_ref.pictures.images import MULTIPLE, fit, load_image, to_tensor
+from sdxl_ref.pipelines.calling import Steps
+from sdxl_ref.pipelines.pipeline import GridPlan, Pipeline, sample
+from sdxl_ref.pipelines.request import Request, Size, option
+from sdxl_ref.text.conditioning import Numbers
+
+STRENGTH = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,75 +30,114 @@ class ImageToImageRequest(Request):
     where they are noisy, at the first level of `strength`.
     """
 
-    image: Image.Image | Sequence[Image.Image] | Tensor | None = None
-    strength: float | None = None  # None: 0.3
-    denoising_start: float | None = None  # share of the training steps that another network has done
-    denoising_end: float | None = None  # share after which this run stops
-    strength_rule: str = "exact"  # or "sgm", the official code's
+    image: Image.Image | Sequence[Image.Image] | Tensor | None = option("what to start from: see the request", None)
+    strength: float | None = option("share of the steps that run, above 0 and at most 1; None: 0.3", None)
+    denoising_start: float | None = option("share of the training steps that another network has done", None)
+    denoising_end: float | None = option("share of the training steps after which this run stops", None)
+    strength_rule: str = option('"exact", or "sgm" as the official code counts', "exact")
+
+    @property
+    def clean(self) -> bool:
+        """Whether what it starts from has no noise yet."""
+        return self.latents is None and self.denoising_start is None
 
 
 class ImageToImagePipeline(Pipeline):
     """SDXL's refiner on a picture. Arguments have the names and meanings of the ecosystem's img2img pipeline."""
 
-    kind, request_type = "refiner", ImageToImageRequest
+    kind = "refiner"
+    request_type = ImageToImageRequest
 
     @staticmethod
-    def plan(request: ImageToImageRequest) -> Plan:
+    def plan(request: ImageToImageRequest) -> GridPlan:
         """Which steps will run. InputError where none would, or where the request contradicts itself."""
-        r, steps = request, request.num_inference_steps
+        r = request
+        steps = r.num_inference_steps
         schedule = NoiseSchedule()
         grid = schedule.grid(steps, r.spacing, r.karras)
         if r.denoising_start is None:
-            start = steps - strength_steps(steps, 0.3 if r.strength is None else r.strength, r.strength_rule)
+            start = steps - strength_steps(steps, STRENGTH if r.strength is None else r.strength, r.strength_rule)
         elif r.strength is None:
             start = grid.steps_above(schedule.switch_sigma(r.denoising_start))
         else:
             raise InputError("strength and denoising_start both say where to begin: give one of them")
         stop = steps if r.denoising_end is None else grid.steps_above(schedule.switch_sigma(r.denoising_end))
         if start >= stop:
-            between = f"denoising_start {r.denoising_start} and denoising_end {r.denoising_end}"
+            first = (
+                f"strength {r.strength or STRENGTH}"
+                if r.denoising_start is None
+                else f"denoising_start {r.denoising_start}"
+            )
+            between = f"{first} and denoising_end {r.denoising_end}"
             raise InputError(f"0 of {steps} steps lie between {between}: use more steps, or a wider range")
-        return Plan(grid.cut(start, stop), steps)
+        return GridPlan(grid.cut(start, stop), steps)
 
     @torch.no_grad()
-    def steps(self, request: ImageToImageRequest) -> Iterator[Step]:
-        """The algorithm: encode the prompt, encode the picture, add noise, denoise step by step."""
-        r, grid = request, self.plan(request).grid
-        image, clean = self._image(r)
-        latent = image.shape[1] == self.config.vae.embed_dim
-        prompts = 1 if isinstance(r.prompt, str) else len(r.prompt)
-        count = max(prompts, len(image)) * r.num_images_per_prompt
+    def steps(self, request: ImageToImageRequest) -> Steps:
+        """The algorithm: encode the prompt, encode the picture, add noise, denoise step by step, decode."""
+        r = request
+        grid = self.plan(r).grid
+        self.refuse_unusable(r)
+        image = self.image_tensor(r).to(self.device)  # (n,3,H,W) or (n,4,h,w)
+        is_latent = image.shape[1] == self.config.vae.embed_dim
+        size = self.picture_size(image) if is_latent else (image.shape[2], image.shape[3])
+        count = max(r.prompts, len(image)) * r.num_images_per_prompt
         if count % len(image):
-            raise InputError(f"expected one image, or one for each of {prompts} prompts, found {len(image)}")
-        generator, copies = r.generator or fresh_generators(count), count // len(image)
+            raise InputError(f"expected one image, or one for each of {r.prompts} prompts, found {len(image)}")
+        if count % r.prompts:
+            raise InputError(f"expected one prompt, or one for each image, found {r.prompts} for {count}")
+        copies = count // len(image)
+        generator = fresh_generators(count) if r.generator is None else r.generator
 
-        scale = self.vae_scale_factor if latent else 1
-        denoise = self.denoiser(r, grid, count, (image.shape[2] * scale, image.shape[3] * scale))
-        if latent:
+        text = self.encode_prompt(
+            r.prompt,
+            num_images_per_prompt=count // r.prompts,
+            do_classifier_free_guidance=r.guided,
+            negative_prompt=r.negative_prompt,
+        )
+        conditioning = self.condition(r, text, size)
+        if is_latent:
             x = image.float().repeat_interleave(copies, 0)  # (n,4,h,w) -> (b,4,h,w)
         else:
             x = self.encode_image(image, generator, copies)  # (n,3,H,W) -> (b,4,h,w)
-        if clean:  # to exactly the level that is denoised first
+        if r.clean:  # to exactly the level that is denoised first
             x = x + grid.sigmas[0].to(x) * draw_noise(x.shape, generator).to(x)
-        yield from run(denoise, r, grid.sigmas, x, generator)
+        denoise = self.wrapped(self.denoiser(r, conditioning, grid))
+        for step in sample(r, denoise, x, grid.sigmas, generator):
+            yield step
+        return step.x if r.output_type == "latent" else self.decode(step.x)
 
-    def _image(self, r: ImageToImageRequest) -> tuple[Tensor, bool]:
-        """The picture or latents of a request on the device, and whether they are clean. InputError for other kinds."""
+    def sizes(self, request: ImageToImageRequest, size: Size) -> tuple[Numbers, Numbers]:  # type: ignore[override]
+        """As of every pipeline, but the negative crop is (0, 0) unless it is given, as diffusers' img2img has it."""
+        positive, negative = super().sizes(request, size)
+        return positive, replace(negative, crop=request.negative_crops_coords_top_left or (0, 0))
+
+    def image_tensor(self, r: ImageToImageRequest) -> Tensor:
+        """The pictures (n,3,H,W) in [-1,1] or latents (n,4,h,w) of a request. InputError for other kinds."""
         if (r.image is None) == (r.latents is None):
             raise InputError("give either image or latents (noisy, at the first level that runs)")
         if r.latents is not None and r.strength is None and r.denoising_start is None:
             raise InputError("latents have no level: give the strength, or the denoising_start, at which they stand")
-        given = r.latents if r.image is None else r.image
-        clean = r.latents is None and r.denoising_start is None
-        if not isinstance(given, Tensor):
-            pictures = [given] if isinstance(given, Image.Image | str) else given
-            tensors = [to_tensor(fit(load_image(each))) for each in pictures or []]
-            if len({each.shape for each in tensors}) != 1:
-                raise InputError(f"expected pictures of one size, found {[tuple(each.shape[2:]) for each in tensors]}")
-            given = torch.cat(tensors)
-        latent = given.ndim == 4 and given.shape[1] == self.config.vae.embed_dim
-        if not latent and (not clean or given.ndim != 4 or given.shape[1] != 3 or any(s % 8 for s in given.shape[2:])):
-            kinds = "latents (b,4,h,w)" + (" or pictures (b,3,H,W) with sides that are multiples of 8" if clean else "")
-            noisy = "" if clean else ", since denoising_start and latents go on from a noisy latent"
-            raise InputError(f"expected {kinds}{noisy}, found a tensor {tuple(given.shape)}")
-        return given.to(self.device), clean
+        image = r.latents if r.image is None else r.image
+        if not isinstance(image, Tensor):
+            pictures = [image] if isinstance(image, Image.Image | str) else list(image or [])
+            tensors = [to_tensor(fit(load_image(picture))) for picture in pictures]
+            if len({tensor.shape for tensor in tensors}) != 1:
+                sizes = [tuple(tensor.shape[2:]) for tensor in tensors]
+                raise InputError(f"expected pictures of one size, found {sizes}")
+            image = torch.cat(tensors)
+        self.check_tensor(image, r.clean)
+        return image
+
+    def check_tensor(self, image: Tensor, clean: bool) -> None:
+        """InputError unless it is latents, or, where they may be clean, pictures that the VAE can encode."""
+        if image.ndim > 0 and len(image) == 0:
+            raise InputError("expected a picture, or one for each prompt, found none")
+        if image.ndim == 4 and image.shape[1] == self.config.vae.embed_dim:
+            return
+        if not clean:
+            expected = "latents (b,4,h,w), since denoising_start and latents go on from a noisy latent"
+            raise InputError(f"expected {expected}, found a tensor {tuple(image.shape)}")
+        if image.ndim != 4 or image.shape[1] != 3 or any(side % MULTIPLE for side in image.shape[2:]):
+            expected = "latents (b,4,h,w) or pictures (b,3,H,W) with sides that are multiples of 8"
+            raise InputError(f"expected {expected}, found a tensor {tuple(image.shape)}")

@@ -1,27 +1,26 @@
 """What the pocket pair can do, on scenes that it was not trained on: the figures behind `sdxl-ref evaluate`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sdxl_ref.config import InputError
-from sdxl_ref.ecosystem import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref.diffusion.denoiser import Prediction
 from sdxl_ref.networks.vae import AutoencoderKL
+from sdxl_ref.pipelines.pipeline import Pipeline
 from sdxl_ref.pocket.distance import patch_distances
+from sdxl_ref.pocket.examples import SCORE, Label
 from sdxl_ref.pocket.judge import Marks, judge
 from sdxl_ref.pocket.scenes import SIZE, Scene, draw, random_scene
-from sdxl_ref.training.diffusion import Batch, conditioning, epsilon_errors
+from sdxl_ref.training.diffusion import Batch, encode_conditioning, epsilon_errors
 
 SEED = 2  # not that of the training set
-GROUPS = {
+GROUPS = {  # how many things, and whether the combination is held out of training
     "one thing": (1, False),
     "one thing, held out": (1, True),
     "two things": (2, False),
@@ -31,8 +30,18 @@ LEVELS = (0, 10, 25, 50, 75, 100, 125, 150, 175, 199, 250, 300, 400, 500, 600, 7
 UNDER_200 = tuple(range(5, 200, 10))  # the middles of twenty equal parts of 0..199
 PARTS = 8  # of the pictures, from which the interval of a difference of patch distances comes
 STUDENT = 2.365  # 97.5 % quantile of Student's t with PARTS - 1 degrees of freedom
+NORMAL = 1.96  # 97.5 % quantile of the normal distribution
+RESAMPLES = 1000  # of the bootstrap
 BATCH = 32
 ATTRIBUTES = [field.name for field in fields(Marks)]
+
+
+class Interval(NamedTuple):
+    """A value with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,14 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        z, n = 1.96, self.of
-        p = self.right / n
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-        return min(low, p), max(high, p)  # which only rounding could leave outside
+        n = self.of
+        share = self.right / n
+        spread = NORMAL * NORMAL / n
+        middle = share + spread / 2
+        half = NORMAL * math.sqrt(share * (1 - share) / n + NORMAL * NORMAL / (4 * n * n))
+        low = (middle - half) / (1 + spread)
+        high = (middle + half) / (1 + spread)
+        return min(low, share), max(high, share)  # only rounding could leave the share outside
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -69,136 +81,107 @@ class Prompts:
 
 def prompts(count: int) -> Prompts:
     """`count` scenes in four equal groups. InputError unless it is a multiple of 4, at least PARTS."""
-    if count < PARTS or count % 4:
+    if count < PARTS or count % len(GROUPS):
         expected = f"the number of prompts must be a multiple of 4, a quarter for each group, at least {PARTS}"
         raise InputError(f"{expected}, found {count}")
     rng = np.random.default_rng(SEED)
-    scenes = {
-        group: [random_scene(rng, things, held_out) for _ in range(count // 4)]
-        for group, (things, held_out) in GROUPS.items()
-    }
-    drawn = np.stack([draw(scene, rng) for group in scenes.values() for scene in group])
-    return Prompts(scenes, torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous())
+    scenes = {}
+    for group, (things, held_out) in GROUPS.items():
+        scenes[group] = [random_scene(rng, things, held_out) for _ in range(count // len(GROUPS))]
+    return Prompts(scenes, draw_all([scene for group in scenes.values() for scene in group], rng))
+
+
+def redrawn(chosen: Prompts) -> Tensor:
+    """The same scenes drawn another time: as far from `chosen.drawn` as what looks right is."""
+    return draw_all(chosen.all, np.random.default_rng(SEED + 1))
+
+
+def draw_all(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+    """Pictures of scenes, (n,3,128,128) in [0,1]."""
+    pictures = np.stack([draw(scene, rng) for scene in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()  # (n,128,128,3) -> (n,3,128,128)
 
 
 @torch.no_grad()
 def vae_quality(vae: AutoencoderKL, drawn: Tensor) -> float:
     """Mean PSNR in dB of pictures (n,3,H,W) in [0,1] that went through the autoencoder."""
-    found = []
-    for each in drawn.split(BATCH):
-        back = vae.decode(vae.encode(each * 2 - 1).mode()).clamp(-1, 1) * 0.5 + 0.5
-        found.append(-10 * torch.log10(((back - each) ** 2).mean(dim=(1, 2, 3))))
-    return float(torch.cat(found).mean())
-
-
-class Painters:
-    """Base alone, ensemble and two stages, each with the same number of network evaluations, from the same noise."""
-
-    def __init__(self, base: TextToImagePipeline, refiner: ImageToImagePipeline, steps: int, guidance: float) -> None:
-        if not 3 <= steps <= 1000:
-            raise InputError(f"expected 3 to 1000 steps, a fifth of which are a refiner's, found {steps}")
-        if not math.isfinite(guidance):
-            raise InputError(f"expected a finite number as guidance scale, found {guidance}")
-        for pipe in (base, refiner):
-            if (found := pipe.config.resolution) != SIZE:
-                raise InputError(f"expected a {pipe.config.kind} that paints scenes of {SIZE} pixels, found {found}")
-        self.base, self.refiner, self.steps = base, refiner, steps
-        self.common: dict[str, Any] = {"guidance_scale": guidance, "output_type": "pt"}
-        self.second = math.floor(0.3 * steps * 0.8 + 0.5)  # the second stage runs these of `self.whole` steps
-        self.whole = math.ceil(self.second / 0.3)
-
-    def paint(self, how: str, captions: list[str]) -> Tensor:
-        """Pictures (n,3,128,128) in [0,1]; picture i starts from seed i."""
-        found = []
-        for first in tqdm(range(0, len(captions), BATCH), desc=how, disable=None):
-            batch = captions[first : first + BATCH]
-            generator = [torch.Generator().manual_seed(first + i) for i in range(len(batch))]
-            found.append(getattr(self, how.replace(" ", "_"))(batch, generator))
-        return torch.cat(found)
-
-    def base_alone(self, batch: list[str], generator: list[torch.Generator]) -> Tensor:
-        return self.base(batch, num_inference_steps=self.steps, generator=generator, **self.common).images
-
-    def ensemble(self, batch: list[str], generator: list[torch.Generator]) -> Tensor:
-        both = EnsemblePipeline(self.base, self.refiner)
-        return both(batch, num_inference_steps=self.steps, generator=generator, **self.common).images
-
-    def two_stages(self, batch: list[str], generator: list[torch.Generator]) -> Tensor:
-        first = self.common | {"output_type": "latent", "num_inference_steps": self.steps - self.second}
-        latents = self.base(batch, generator=generator, **first).images
-        rest = self.common | {"num_inference_steps": self.whole, "strength": 0.3}
-        return self.refiner(batch, image=latents, generator=generator, **rest).images
-
-
-HOW = ("base alone", "ensemble", "two stages")
+    qualities = []
+    for images in drawn.split(BATCH):
+        decoded = vae.decode(vae.encode(images * 2 - 1).mode()).clamp(-1, 1) * 0.5 + 0.5
+        errors = ((decoded - images) ** 2).mean(dim=(1, 2, 3))  # (b,3,H,W) -> (b,)
+        qualities.append(-10 * torch.log10(errors))
+    return float(torch.cat(qualities).mean())
 
 
 def scores(painted: Tensor, chosen: Prompts) -> dict[str, dict[str, Share]]:
-    """Group -> attribute (and "all right") -> share of pictures that show it."""
-    pictures = iter(painted.permute(0, 2, 3, 1).numpy())
-    found = {}
+    """Group -> attribute (and "all right") -> share of pictures (n,3,128,128) in [0,1] that show it."""
+    pictures = iter(painted.permute(0, 2, 3, 1).numpy())  # (n,3,128,128) -> (n,128,128,3)
+    shares: dict[str, dict[str, Share]] = {}
     for group, scenes in chosen.scenes.items():
         marks = [judge(next(pictures), scene) for scene in scenes]
-        found[group] = {
-            name: Share(sum(getattr(each, name) for each in marks), len(marks)) for name in (*ATTRIBUTES, "all_right")
-        }
-    return found
+        shares[group] = {}
+        for attribute in (*ATTRIBUTES, "all_right"):
+            right = [getattr(mark, attribute) for mark in marks].count(True)
+            shares[group][attribute] = Share(right, len(marks))
+    return shares
 
 
-def nearer(first: Tensor, second: Tensor, chosen: Prompts) -> dict[int, tuple[float, float, float]]:
-    """By how much less the patch distance of the second set is, by scale, with its 95 % interval (Student's t).
+def nearer(first: Tensor, second: Tensor, chosen: Prompts) -> dict[int, Interval]:
+    """By how much less the patch distance of the second set of pictures is, by scale (Student's t).
 
     Means over PARTS disjoint parts of the pictures, each against the drawn scenes of its own prompts.
     """
-    found = []
+    rows = []
     for i in range(PARTS):
-        here = slice(i, None, PARTS)
-        far, near = (patch_distances(each[here], chosen.drawn[here]) for each in (first, second))
-        found.append([far[side] - near[side] for side in far])
-    less = torch.tensor(found, dtype=torch.float64)
-    mean, half = less.mean(dim=0), STUDENT * less.std(dim=0) / math.sqrt(len(less))
-    return {side: (float(m), float(m - h), float(m + h)) for side, m, h in zip(far, mean, half, strict=True)}
+        part = slice(i, None, PARTS)
+        first_distances = patch_distances(first[part], chosen.drawn[part])
+        second_distances = patch_distances(second[part], chosen.drawn[part])
+        rows.append([first_distances[side] - second_distances[side] for side in first_distances])
+    less = torch.tensor(rows, dtype=torch.float64)  # (PARTS,scales)
+    means = less.mean(dim=0)  # (scales,)
+    halves = STUDENT * less.std(dim=0) / math.sqrt(PARTS)
+    intervals = {}
+    for side, mean, half in zip(first_distances, means, halves, strict=True):
+        intervals[side] = Interval(float(mean), float(mean - half), float(mean + half))
+    return intervals
 
 
 @torch.no_grad()
-def denoising_errors(
-    pipe: TextToImagePipeline | ImageToImagePipeline, chosen: Prompts, levels: tuple[int, ...]
-) -> Tensor:
-    """Mean squared error of the predicted noise, (levels, pictures): all pictures at all levels, fixed noise."""
+def denoising_errors(pipe: Pipeline, chosen: Prompts, levels: tuple[int, ...]) -> Tensor:
+    """Mean squared error of the predicted noise, (levels,pictures): all pictures at all levels, fixed noise."""
     kind = pipe.config.kind
+    prediction = Prediction(pipe.config.prediction)
     names = ("unet", "text_encoder", "text_encoder_2") if kind == "base" else ("unet", "text_encoder_2")
     parts = nn.ModuleDict({name: getattr(pipe, name) for name in names})
-    last = [float(SIZE)] * 2 if kind == "base" else [6.0]
-    numbers = torch.tensor([[SIZE, SIZE, 0, 0, *last]])
     generator = torch.Generator().manual_seed(SEED)
     rows: list[list[Tensor]] = [[] for _ in levels]
-    for images, scenes in batches(chosen):
+    for images, captions in batches(chosen):
         latents = pipe.vae.encode(images * 2 - 1).mode() * pipe.config.vae.scale_factor  # type: ignore[operator]
-        batch = Batch(latents, [scene.caption for scene in scenes], numbers.expand(len(latents), -1))
-        context, y = conditioning(parts, batch, torch.zeros(len(latents), dtype=torch.bool))
+        numbers = torch.stack([Label(caption, SIZE, SCORE).numbers(kind) for caption in captions])  # (b,k)
+        kept_captions = torch.zeros(len(latents), dtype=torch.bool)
+        conditioning = encode_conditioning(parts, Batch(latents, captions, numbers), kept_captions)
         noise = torch.randn(latents.shape, generator=generator)
         for row, level in zip(rows, levels, strict=True):
-            t = torch.full((len(latents),), level)
-            row.append(epsilon_errors(pipe.unet, latents, t, noise, context, y))
-    return torch.stack([torch.cat(row) for row in rows])
+            timesteps = torch.full((len(latents),), level)
+            errors = epsilon_errors(
+                pipe.unet, latents, timesteps, noise, conditioning.context, conditioning.y, prediction
+            )
+            row.append(errors)
+    return torch.stack([torch.cat(row) for row in rows])  # (b,) of each batch -> (levels,pictures)
 
 
-def batches(chosen: Prompts) -> Iterator[tuple[Tensor, list[Scene]]]:
-    scenes = chosen.all
-    for first in range(0, len(scenes), BATCH):
-        yield chosen.drawn[first : first + BATCH], scenes[first : first + BATCH]
+def batches(chosen: Prompts) -> Iterator[tuple[Tensor, list[str]]]:
+    """Drawn pictures (b,3,128,128) in [0,1], and their captions."""
+    captions = [scene.caption for scene in chosen.all]
+    for first in range(0, len(captions), BATCH):
+        yield chosen.drawn[first : first + BATCH], captions[first : first + BATCH]
 
 
-def gain(base: Tensor, refiner: Tensor) -> tuple[float, float, float]:
-    """How far a refiner's error lies under the base's, as a share, and its 95 % interval over pictures (bootstrap)."""
-    base, refiner = base.mean(dim=0), refiner.mean(dim=0)  # (pictures,)
-    index = torch.randint(len(base), (1000, len(base)), generator=torch.Generator().manual_seed(SEED))
-    again = (1 - refiner[index].mean(dim=1) / base[index].mean(dim=1)).quantile(torch.tensor([0.025, 0.975]))
-    return float(1 - refiner.mean() / base.mean()), float(again[0]), float(again[1])
-
-
-def redrawn(chosen: Prompts) -> Tensor:
-    """The same scenes drawn another time: as far from `chosen.drawn` as what looks right is."""
-    rng = np.random.default_rng(SEED + 1)
-    pictures = np.stack([draw(scene, rng) for scene in chosen.all])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+def gain(base: Tensor, refiner: Tensor) -> Interval:
+    """The share by which a refiner's errors (levels,pictures) are lower than a base's (bootstrap over pictures)."""
+    base = base.mean(dim=0)  # (levels,pictures) -> (pictures,)
+    refiner = refiner.mean(dim=0)
+    index = torch.randint(len(base), (RESAMPLES, len(base)), generator=torch.Generator().manual_seed(SEED))
+    shares = 1 - refiner[index].mean(dim=1) / base[index].mean(dim=1)  # (RESAMPLES,pictures) -> (RESAMPLES,)
+    low, high = shares.quantile(torch.tensor([0.025, 0.975]))
+    return Interval(float(1 - refiner.mean() / base.mean()), float(low), float(high))

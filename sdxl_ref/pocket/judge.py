@@ -5,8 +5,6 @@ since (SQUARE, and checks in both directions). It looks at nothing but what a ca
 hue, whatever is on it or else on the picture without colour, and a background its mean tone and the steps of its cells.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -16,18 +14,21 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, OPPOSITE, SHAPES, Array, Scene, Thing, inside
+from sdxl_ref.pocket.scenes import COLOURS, GROUNDS, SHAPES, SIZE, Array, Scene, Thing, inside
 
 COLOURED = 0.14  # chroma (largest minus smallest of r, g, b) from which a pixel belongs to a thing
 SMALLEST = 150  # pixels; less is a speck, not a thing
 FIT = 0.7  # intersection over union with a shape, from which it is that shape
 SQUARE = 1.3  # largest ratio of a thing's sides: every shape is as wide as it is high
+MARGIN = 7  # pixels; the window in which a thing's pixels, its border among them, are left out of the background
+CELL = 8  # pixels; the side of the cells in which a background's texture is read
+STEP = 0.06  # difference of mean tone from which two cells differ
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A thing found in a picture; x and y are the middle of its pixels. `shape` is "" where none fits."""
+    """A thing in a picture; x and y are the middle of its pixels. Its shape is "" where none fits."""
 
     thing: Thing
     x: float
@@ -49,119 +50,152 @@ class Marks:
     def all_right(self) -> bool:
         return all(vars(self).values())
 
+    @property
+    def count(self) -> int:
+        """How many are right."""
+        return sum(vars(self).values())
+
 
 def judge(picture: Array, scene: Scene) -> Marks:
-    """Compare a picture (128,128,3) in [0,1] with a scene. Things are told apart as the scene fits best."""
+    """Compare a picture (128,128,3) in [0,1] with a scene. Things are matched to the scene's as fits best."""
     coloured = picture.max(axis=2) - picture.min(axis=2) > COLOURED
-    seen = things(picture, coloured)
+    things = find_things(picture, coloured)
     ground, texture = background(picture, coloured)
-    grounds = ground == scene.ground, texture == scene.texture
-    if len(seen) != len(scene.things):
-        return Marks(False, False, False, False, *grounds)
-    return max(
-        (compare(order, scene, grounds) for order in permutations(seen)), key=lambda marks: sum(vars(marks).values())
-    )
+    ground_is_right = ground == scene.ground
+    texture_is_right = texture == scene.texture
+    if len(things) != len(scene.things):
+        return Marks(False, False, False, False, ground_is_right, texture_is_right)
+    candidates = [compare(order, scene, ground_is_right, texture_is_right) for order in permutations(things)]
+    return max(candidates, key=lambda marks: marks.count)
 
 
-def compare(seen: tuple[Seen, ...], scene: Scene, grounds: tuple[bool, bool]) -> Marks:
+def compare(seen: tuple[Seen, ...], scene: Scene, ground_is_right: bool, texture_is_right: bool) -> Marks:
+    """The marks of as many things as the scene has, in its order."""
     pairs = list(zip(seen, scene.things, strict=True))
     return Marks(
-        True,
-        all(each.thing.colour == thing.colour for each, thing in pairs),
-        all(each.thing.shape == thing.shape for each, thing in pairs),
-        scene.relation is None or relation(*seen) == scene.relation,
-        *grounds,
+        things=True,
+        colours=all(candidate.thing.colour == thing.colour for candidate, thing in pairs),
+        shapes=all(candidate.thing.shape == thing.shape for candidate, thing in pairs),
+        relation=scene.relation is None or relation(*seen) == scene.relation,
+        ground=ground_is_right,
+        texture=texture_is_right,
     )
 
 
 def relation(first: Seen, second: Seen) -> str:
-    dx, dy = first.x - second.x, first.y - second.y
-    name = "left of" if abs(dx) > abs(dy) else "above"
-    return name if (dx if name == "left of" else dy) < 0 else OPPOSITE[name]
+    """How the first thing stands to the second, along the axis on which they are further apart."""
+    dx = first.x - second.x
+    dy = first.y - second.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
 
 
-def things(picture: Array, coloured: Mask) -> list[Seen]:
+def find_things(picture: Array, coloured: Mask) -> list[Seen]:
     """Connected regions of one hue, large enough to be things."""
-    nearest = colour_names(picture)
-    found = []
+    colour_of = np.full(coloured.shape, -1)  # an index in COLOURS for each pixel, -1 for one without a colour
+    colour_of[coloured] = nearest_colours(picture[coloured])
+    things = []
     for i, colour in enumerate(COLOURS):
-        for region in regions(coloured & (nearest == i)):
-            rows, columns = np.nonzero(region)
-            found.append(Seen(Thing(colour, shape_of(rows, columns)), columns.mean(), rows.mean()))
-    return found
+        for rows, columns in regions(colour_of == i):
+            things.append(Seen(Thing(colour, shape_of(rows, columns)), columns.mean(), rows.mean()))
+    return things
 
 
-def colour_names(picture: Array) -> NDArray[np.int64]:
-    """The index in COLOURS of the nearest hue, pixel by pixel (128,128)."""
-    away = np.abs(hue(picture)[:, :, None] - hue(np.asarray(list(COLOURS.values()))))
-    return np.minimum(away, 1 - away).argmin(axis=2)
+def nearest_colours(pixels: Array) -> NDArray[np.int64]:
+    """The index in COLOURS of the nearest hue of each pixel: (n,3) -> (n,)."""
+    hues = hue(np.asarray(list(COLOURS.values())))  # (6,)
+    distance = np.abs(hue(pixels)[:, None] - hues)  # (n,6), in turns
+    return np.minimum(distance, 1 - distance).argmin(axis=1)
 
 
 def hue(colours: NDArray[Any]) -> NDArray[np.float64]:
-    """(..., 3) -> the angle on the colour wheel (...), in turns, from -1/2 to 1/2."""
+    """(...,3) -> the angle on the colour wheel (...), in turns, from -1/2 to 1/2."""
     red, green, blue = np.moveaxis(colours.astype(np.float64), -1, 0)
     return np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue) / (2 * np.pi)
 
 
-def regions(mask: Mask) -> list[Mask]:
-    """The 8-connected parts of a mask that have at least SMALLEST pixels, by spreading the largest index."""
-    if mask.sum() < SMALLEST:
+def regions(mask: Mask) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows and columns of the 8-connected parts of a mask (h,w) that have at least SMALLEST pixels.
+
+    Each pixel takes the largest number around it until no number spreads any more, within the mask's bounding box.
+    """
+    rows, columns = np.nonzero(mask)
+    if len(rows) < SMALLEST:
         return []
-    inside_ = torch.from_numpy(mask).float()[None, None]
-    labels = torch.arange(1, mask.size + 1, dtype=torch.float32).reshape(inside_.shape) * inside_
+    top = rows.min()
+    left = columns.min()
+    box = torch.from_numpy(mask[top : rows.max() + 1, left : columns.max() + 1]).float()[None, None]  # (1,1,h,w)
+    numbers = torch.arange(1, box.numel() + 1, dtype=torch.float32).reshape(box.shape) * box
     while True:
-        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * inside_
-        if torch.equal(spread, labels):
+        spread = F.max_pool2d(numbers, 3, stride=1, padding=1) * box
+        if torch.equal(spread, numbers):
             break
-        labels = spread
-    values, counts = labels[labels > 0].unique(return_counts=True)
-    return [(labels[0, 0] == value).numpy() for value in values[counts >= SMALLEST]]
+        numbers = spread
+    values, counts = numbers[numbers > 0].unique(return_counts=True)
+    parts = []
+    for value in values[counts >= SMALLEST]:
+        part_rows, part_columns = np.nonzero((numbers[0, 0] == value).numpy())
+        parts.append((part_rows + top, part_columns + left))
+    return parts
 
 
 def shape_of(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> str:
     """The shape whose outline, stretched to the pixels' bounding box, covers them best; "" where none does."""
-    top, left = rows.min(), columns.min()
-    height, width = rows.max() - top + 1, columns.max() - left + 1
+    top = rows.min()
+    left = columns.min()
+    height = rows.max() - top + 1
+    width = columns.max() - left + 1
     if max(height, width) > SQUARE * min(height, width):
         return ""
-    found = np.zeros((height, width), dtype=bool)
-    found[rows - top, columns - left] = True
+    region = np.zeros((height, width), dtype=bool)
+    region[rows - top, columns - left] = True
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    x, y = (x + 0.5) * 2 / width - 1, (y + 0.5) * 2 / height - 1  # -1 to 1 across the box
-    fits = {}
+    x = (x + 0.5) * 2 / width - 1  # -1 to 1 across the box
+    y = (y + 0.5) * 2 / height - 1
+    overlaps = {}
     for shape in SHAPES:
-        ideal = inside(shape, x, y, 1 / 0.9 if shape == "square" else 1.0) >= 0
-        fits[shape] = (found & ideal).sum() / (found | ideal).sum()
-    best = max(fits, key=lambda shape: fits[shape])
-    return best if fits[best] >= FIT else ""
+        radius = 1 / 0.9 if shape == "square" else 1.0
+        ideal = inside(shape, x, y, radius) >= 0
+        overlaps[shape] = (region & ideal).sum() / (region | ideal).sum()
+    best = max(overlaps, key=lambda shape: overlaps[shape])
+    return best if overlaps[best] >= FIT else ""
 
 
 def background(picture: Array, coloured: Mask) -> tuple[str, str]:
     """Tone and texture of the pixels that belong to no thing (nor to its border)."""
-    near = F.max_pool2d(torch.from_numpy(coloured).float()[None, None], 7, stride=1, padding=3)[0, 0].numpy() > 0
-    if near.all():
+    mask = torch.from_numpy(coloured).float()[None, None]  # (1,1,128,128)
+    near_things = F.max_pool2d(mask, MARGIN, stride=1, padding=MARGIN // 2)[0, 0].numpy() > 0  # (128,128)
+    if near_things.all():
         return "", ""
     grey = picture.mean(axis=2)
-    level = float(grey[~near].mean())
+    level = float(grey[~near_things].mean())
     ground = min(GROUNDS, key=lambda name: abs(level - sum(GROUNDS[name]) / 2))
-    return ground, texture_of(grey, ~near)
+    return ground, texture_of(grey, ~near_things)
 
 
 def texture_of(grey: Array, free: Mask) -> str:
-    """By the mean step between cells of 8 pixels: to the next one below striped, to the next but one in both directions
-    checkered; "" for what is neither, nor plain.
+    """Plain, striped or checkered, by the mean difference between cells of 8 pixels; "" for anything else.
+
+    Stripes: a cell differs from the next one below. Checks are two cells wide: it differs from the next but one in
+    both directions.
     """
-    cells = grey.reshape(16, 8, 16, 8).mean(axis=(1, 3))
-    whole = free.reshape(16, 8, 16, 8).mean(axis=(1, 3)) > 0.5
+    count = SIZE // CELL
+    cells = grey.reshape(count, CELL, count, CELL).mean(axis=(1, 3))  # (128,128) -> (16,16)
+    is_free = free.reshape(count, CELL, count, CELL).mean(axis=(1, 3)) > 0.5  # (128,128) -> (16,16)
 
-    def step(axis: int, distance: int) -> float:
-        a, b = (np.take(cells, range(*ends), axis) for ends in ((0, 16 - distance), (distance, 16)))
-        use = np.take(whole, range(16 - distance), axis) & np.take(whole, range(distance, 16), axis)
-        return float(np.abs(a - b)[use].mean()) if use.any() else 0.0
+    def differ(axis: int, distance: int) -> bool:
+        """Whether free cells at this distance along an axis differ."""
+        first = np.arange(count - distance)
+        second = first + distance
+        both_free = np.take(is_free, first, axis) & np.take(is_free, second, axis)
+        difference = np.abs(np.take(cells, first, axis) - np.take(cells, second, axis))
+        return bool(both_free.any() and difference[both_free].mean() > STEP)
 
-    down, across, two_down, two_across = (step(axis, n) > 0.06 for n in (1, 2) for axis in (0, 1))
-    if two_down or two_across:  # two cells apart lie in different checks
+    two_down = differ(axis=0, distance=2)
+    two_across = differ(axis=1, distance=2)
+    if two_down or two_across:
         return "checkered" if two_down and two_across else ""
-    if across:
+    if differ(axis=1, distance=1):
         return ""
-    return "striped" if down else "plain"
+    return "striped" if differ(axis=0, distance=1) else "plain"

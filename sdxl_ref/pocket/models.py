@@ -1,7 +1,5 @@
 """The pocket pair's sizes: SDXL's own architecture by configuration alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -39,12 +37,16 @@ REFINER = replace(
 CONFIGS = {"base": BASE, "refiner": REFINER}
 
 
-def start(unet: UNet) -> UNet:
+@torch.no_grad()
+def zero_residuals(unet: UNet) -> UNet:
     """Zero the last layer of each residual branch, as the official code does: the UNet begins as the identity."""
-    last: list[nn.Module] = [unet.out[-1]]
-    last += [m.out_layers[-1] for m in unet.modules() if isinstance(m, ResBlock)]
-    last += [m.proj_out for m in unet.modules() if isinstance(m, SpatialTransformer)]
-    with torch.no_grad():
-        for p in (p for layer in last for p in layer.parameters()):
-            p.zero_()
+    layers: list[nn.Module] = [unet.out[-1]]
+    for module in unet.modules():
+        if isinstance(module, ResBlock):
+            layers.append(module.out_layers[-1])
+        elif isinstance(module, SpatialTransformer):
+            layers.append(module.proj_out)
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.zero_()
     return unet

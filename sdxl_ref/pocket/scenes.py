@@ -5,12 +5,10 @@ has to invent: places, sizes, light, and the pattern on each surface. Nothing is
 Some combinations are held out of training (`Scene.held_out`), to measure composition.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +45,14 @@ USUAL = Look()
 PASTEL = Look(pale=0.45, outline=1.0)  # pale colours, no outline: in no picture that the UNets were trained on
 
 
+class Circle(NamedTuple):
+    """Around a thing, in pixels."""
+
+    x: float
+    y: float
+    radius: float
+
+
 @dataclass(frozen=True, order=True)
 class Thing:
     colour: str
@@ -71,8 +77,8 @@ class Scene:
         return f"{things} on a {self.ground} {self.texture} background"
 
     @property
-    def by_place(self) -> tuple[Thing, ...]:
-        """The things from the top, or from the left: what two captions of one picture have in common."""
+    def from_top_left(self) -> tuple[Thing, ...]:
+        """The things from top to bottom, or from left to right: the same for both captions of one picture."""
         return self.things[::-1] if self.relation in ("below", "right of") else self.things
 
     @property
@@ -87,6 +93,7 @@ class Scene:
 
 
 def pick(rng: np.random.Generator, values: Sequence[T]) -> T:
+    """One of several values."""
     return values[int(rng.integers(len(values)))]
 
 
@@ -103,37 +110,39 @@ def random_scene(rng: np.random.Generator, things: int, held_out: bool = False) 
 def draw(scene: Scene, rng: np.random.Generator, look: Look = USUAL) -> Array:
     """A picture (128,128,3) in [0,1] of a scene; what the scene leaves open comes from `rng`."""
     picture = background(scene.ground, scene.texture)
-    for thing, (x, y, radius) in zip(scene.things, places(scene, rng), strict=True):
-        paint(picture, thing, (x, y, radius), rng, look)
+    for thing, circle in zip(scene.things, lay_out(scene, rng), strict=True):
+        paint(picture, thing, circle, rng, look)
     return picture
 
 
 def background(ground: str, texture: str) -> Array:
     """Stripes lie across and are 8 pixels high; checks are 16 pixels a side."""
     y, x = np.mgrid[:SIZE, :SIZE]
-    second = {"plain": np.zeros_like(x), "striped": y // 8 % 2, "checkered": (x // 16 + y // 16) % 2}[texture]
-    tones = np.asarray(GROUNDS[ground], dtype=np.float32)
-    return np.repeat(tones[second][:, :, None], 3, axis=2)
+    patterns = {"plain": np.zeros_like(x), "striped": y // 8 % 2, "checkered": (x // 16 + y // 16) % 2}
+    tones = np.asarray(GROUNDS[ground], dtype=np.float32)  # (2,)
+    grey = tones[patterns[texture]]  # (128,128)
+    return np.repeat(grey[:, :, None], 3, axis=2)  # (128,128,3)
 
 
-def places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Centre and radius in pixels of each thing, with at least 6 pixels between two."""
+def lay_out(scene: Scene, rng: np.random.Generator) -> list[Circle]:
+    """Where each thing is, and how large, with at least 6 pixels between two."""
     if len(scene.things) == 1:
         radius = rng.uniform(22, 36)
         x, y = rng.uniform(radius + 6, SIZE - radius - 6, 2)
-        return [(x, y, radius)]
-    first, second = rng.uniform(16, 24, 2)
+        return [Circle(x, y, radius)]
+    first, second = rng.uniform(16, 24, 2)  # radii: the first thing is the one nearer to the top or left
     gap = rng.uniform(6, 14)
     spare = SIZE - 2 * (first + second) - gap - 8
     before = 4 + rng.uniform(0.2, 0.8) * spare
-    along = before + first, before + 2 * first + gap + second  # of the thing nearer to the top or left
-    across = SIZE / 2 + rng.uniform(-24, 24) + rng.uniform(-8, 8, 2)
-    found = [(along[0], across[0], first), (along[1], across[1], second)]
+    first_along = before + first
+    second_along = before + 2 * first + gap + second
+    first_across, second_across = SIZE / 2 + rng.uniform(-24, 24) + rng.uniform(-8, 8, 2)
+    circles = [Circle(first_along, first_across, first), Circle(second_along, second_across, second)]
     if scene.relation in ("below", "right of"):
-        found.reverse()
+        circles.reverse()
     if scene.relation in ("above", "below"):
-        found = [(b, a, radius) for a, b, radius in found]
-    return found
+        circles = [Circle(circle.y, circle.x, circle.radius) for circle in circles]
+    return circles
 
 
 def inside(shape: str, x: Array, y: Array, radius: float) -> Array:
@@ -144,32 +153,33 @@ def inside(shape: str, x: Array, y: Array, radius: float) -> Array:
         return 0.9 * radius - np.maximum(abs(x), abs(y))
     if shape == "triangle":
         return np.minimum(radius - y, (y + radius - 2 * abs(x)) / np.sqrt(5, dtype=np.float32))
-    arm = 0.36 * radius
-    return np.maximum(
-        np.minimum(radius - abs(x), arm - abs(y)), np.minimum(arm - abs(x), radius - abs(y))
-    )  # a cross of two bars
+    arm = 0.36 * radius  # half the width of each bar of a cross
+    lying = np.minimum(radius - abs(x), arm - abs(y))
+    standing = np.minimum(arm - abs(x), radius - abs(y))
+    return np.maximum(lying, standing)
 
 
-def paint(
-    picture: Array, thing: Thing, place: tuple[float, float, float], rng: np.random.Generator, look: Look
-) -> None:
+def paint(picture: Array, thing: Thing, circle: Circle, rng: np.random.Generator, look: Look) -> None:
     """One shaded thing with a dark outline and a surface of bands, dots or nothing, onto the picture in place."""
-    x, y, radius = place
     rows, columns = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    dx, dy = columns + 0.5 - np.float32(x), rows + 0.5 - np.float32(y)
-    depth = inside(thing.shape, dx, dy, radius)
-    surface = pick(rng, ("bare", "bands", "dots"))
-    if surface == "bands":
-        mark = (dx + dy) % 14 < 7
-    elif surface == "dots":
-        mark = np.hypot(dx % 12 - 6, dy % 12 - 6) < 3.5
-    else:
-        mark = np.zeros_like(depth, dtype=bool)
-    light = 1 - 0.2 * (dx + dy) / (2 * radius)  # from the top left
+    dx = columns + 0.5 - np.float32(circle.x)
+    dy = rows + 0.5 - np.float32(circle.y)
+    depth = inside(thing.shape, dx, dy, circle.radius)
+    mark = surface(pick(rng, ("bare", "bands", "dots")), dx, dy)
+    light = 1 - 0.2 * (dx + dy) / (2 * circle.radius)  # from the top left
     colour = (1 - look.pale) * np.asarray(COLOURS[thing.colour], dtype=np.float32) + np.float32(look.pale)
-    colour = colour * light[:, :, None]
+    colour = colour * light[:, :, None]  # (3,) -> (128,128,3)
     colour = np.where(mark[:, :, None], 0.65 * colour + 0.35, colour)
     rim = np.clip(depth - OUTLINE + 0.5, 0, 1)[:, :, None]  # 0 in the outline, 1 further in
     colour = colour * (look.outline + (1 - look.outline) * rim)
     cover = np.clip(depth + 0.5, 0, 1)[:, :, None]
     picture[:] = np.clip(cover * colour + (1 - cover) * picture, 0, 1)
+
+
+def surface(pattern: str, dx: Array, dy: Array) -> NDArray[np.bool_]:
+    """Where a thing's surface is lighter, by the distances from its centre."""
+    if pattern == "bands":
+        return (dx + dy) % 14 < 7
+    if pattern == "dots":
+        return np.hypot(dx % 12 - 6, dy % 12 - 6) < 3.5
+    return np.zeros(dx.shape, dtype=bool)

@@ -1,14 +1,12 @@
 """LoRA in training: two small factors beside each frozen layer (Hu et al. 2021, arXiv:2106.09685).
 
 Layers are hooked where they stand, so that the networks stay what they are; what was learned is an `Adapter`, which
-`sdxl_ref.lora` applies and `sdxl_ref.lora_forms` writes.
+`sdxl_ref.adapters.active` puts on a pipeline and `sdxl_ref.adapters.writing` makes a file of.
 """
-
-from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sdxl_ref import layouts
+from sdxl_ref.adapters.factors import Factors
+from sdxl_ref.adapters.lora import Adapter
+from sdxl_ref.adapters.places import Place, matrices, places
+from sdxl_ref.adapters.writing import names_of
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.folder import part_rules
-from sdxl_ref.layouts import Place
-from sdxl_ref.lora import Adapter, Factors
-from sdxl_ref.lora_forms import matrices, names_of
+from sdxl_ref.weights.layouts import part_rules
+
+EXAMPLE = "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,19 @@ class Choice:
         except re.error as error:
             raise InputError(f"expected a regular expression for the layers, found {self.layers!r}: {error}") from error
 
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether one of a layer's names is among those that are looked for."""
+        return any(re.search(self.layers, name) for name in names)
+
 
 class LowRank(nn.Module):
     """The factors of one place: `down` (r,in) or (r,in,kh,kw), drawn; `up` (out,r) or (out,r,1,1), zeros at first."""
 
     def __init__(self, place: Place, shape: torch.Size, rank: int, alpha: float) -> None:
         super().__init__()
-        self.place, self.alpha, self.scale = place, alpha, alpha / rank
+        self.place = place
+        self.alpha = alpha
+        self.scale = alpha / rank
         self.down = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, *shape[1:]), a=math.sqrt(5)))  # as PEFT's
         self.up = nn.Parameter(torch.zeros(shape[0], rank, *[1] * (len(shape) - 2)))
 
@@ -84,64 +90,73 @@ def attach(parts: Mapping[str, nn.Module], config: ModelConfig, choice: Choice) 
     """
     for network in parts.values():
         network.requires_grad_(False)
-    return nn.ModuleDict(
-        {name: _put(parts[place.part], place, choice) for name, place in chosen(parts, config, choice).items()}
-    )
+    factors = {name: _put(parts[place.part], place, choice) for name, place in chosen(parts, config, choice).items()}
+    return nn.ModuleDict(factors)
 
 
 def chosen(parts: Mapping[str, nn.Module], config: ModelConfig, choice: Choice) -> dict[str, Place]:
     """The places that are to learn, by kohya's names, from networks that need no memory. InputError where none is."""
-    found: dict[str, Place] = {}
+    place_of: dict[str, Place] = {}
     for part, network in parts.items():
         if part == "unet" or choice.text_encoders:
             names = names_of(part, config, "kohya")
-            found |= {names[place]: place for place in _chosen(part, network, config, choice)}
-    if not found:
-        example = "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"
-        raise InputError(f"no layer has a name with {choice.layers!r} in it: names are such as {example}")
-    return found
+            place_of |= {names[place]: place for place in _chosen(part, network, config, choice)}
+    if not place_of:
+        raise InputError(f"no layer has a name with {choice.layers!r} in it: names are such as {EXAMPLE}")
+    return place_of
 
 
 def _chosen(part: str, network: nn.Module, config: ModelConfig, choice: Choice) -> list[Place]:
     """The places of a part that are to learn."""
     names: dict[Place, list[str]] = {}
-    for name, place in layouts.places(part, part_rules(part, config)[1]).items():
+    _, network_rules = part_rules(part, config)
+    for name, place in places(part, network_rules).items():
         names.setdefault(place, []).append(f"{part}.{name}")
-    never = f"text_model.encoder.layers.{config.text_encoders[0].layers - 1}." if part == "text_encoder" else None
-    found = []
-    for place in (place for place in matrices(config) if place.part == part):
-        owner, _, name = place.key.rpartition(".")
-        layer = network.get_submodule(owner)
-        if never and place.key.startswith(never):  # SDXL does not run it
+    learning = []
+    for place in matrices(config):
+        if place.part != part or not _runs(place, config):
             continue
-        kernel = isinstance(layer, nn.Conv2d) and choice.convolutions and part == "unet"
-        if kernel or any(re.search(choice.layers, each) for each in names[place]):
-            found.append(place)
-    return found
+        owner, _, _ = place.key.rpartition(".")
+        is_kernel = part == "unet" and isinstance(network.get_submodule(owner), nn.Conv2d)
+        if (is_kernel and choice.convolutions) or choice.matches(names[place]):
+            learning.append(place)
+    return learning
+
+
+def _runs(place: Place, config: ModelConfig) -> bool:
+    """Whether SDXL runs a layer: of CLIP-L it does not run the last block."""
+    last = config.text_encoders[0].layers - 1
+    return place.part != "text_encoder" or not place.key.startswith(f"text_model.encoder.layers.{last}.")
 
 
 def _put(network: nn.Module, place: Place, choice: Choice) -> LowRank:
+    """Factors on one place of a network: in float32 or more, small and exact beside any weight."""
     owner, _, name = place.key.rpartition(".")
     layer: Any = network.get_submodule(owner)
     alpha = float(choice.rank if choice.alpha is None else choice.alpha)
-    if isinstance(layer, (nn.Linear, nn.Conv2d)):
+    if isinstance(layer, nn.Linear | nn.Conv2d):
         weight = layer.weight
         low = LowRank(place, weight.shape, choice.rank, alpha)
         layer.register_forward_hook(low.after)
     else:
-        weight = (
-            layer.parametrizations[name].original
-            if parametrize.is_parametrized(layer, name)
-            else layer.get_parameter(name)
-        )
+        weight = _unparametrized(layer, name)
         low = LowRank(place, place.block(weight).shape, choice.rank, alpha)
         parametrize.register_parametrization(layer, name, low)
-    return low.to(weight.device, torch.promote_types(weight.dtype, torch.float32))  # small: exact beside any weight
+    return low.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+
+
+def _unparametrized(layer: Any, name: str) -> Tensor:
+    """A weight as it is without the factors that other blocks of its rows already have."""
+    if parametrize.is_parametrized(layer, name):
+        return layer.parametrizations[name].original
+    return layer.get_parameter(name)
 
 
 def learned(factors: nn.ModuleDict, averaged: Mapping[str, Tensor]) -> Adapter:
     """What was learned; `averaged` are weights by name that stand in for the last ones."""
-    values = {name: averaged.get(name, p).detach().float().cpu() for name, p in factors.named_parameters()}
+    values = {}
+    for name, parameter in factors.named_parameters():
+        values[name] = averaged.get(name, parameter).detach().float().cpu()
     layers = {}
     for name, low in factors.items():
         assert isinstance(low, LowRank)

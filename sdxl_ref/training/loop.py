@@ -1,40 +1,41 @@
-"""The training loop: AdamW with warm-up and cosine, clipping, EMA, autocast; a log; stop and go on.
+"""The training loop: AdamW with warm-up and cosine, clipping, EMA, autocast; a log; stopping and resuming.
 
-Nothing in it knows what is trained: it is handed a module and a function `loss_of(step, generator)`. Whatever is
-drawn at a step comes from that step's own generator, so that a run that was stopped and goes on is, on the CPU, equal
-bit for bit to one that was not. Under torch.distributed every process makes the same steps; the first one writes.
+It does not know what is trained: it takes a module and a function `step_loss(step, generator)`. Whatever is drawn at
+a step comes from that step's own generator, so that a run that was stopped and resumed is, on the CPU, equal bit for
+bit to one that was not. Under torch.distributed every process makes the same steps; the first one writes.
 """
-
-from __future__ import annotations
 
 import csv
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sdxl_ref.config import InputError
-from sdxl_ref.saving import clear, replacing, write
+from sdxl_ref.training.processes import this_process
+from sdxl_ref.training.state import LOG, STATE, check_same, truncate_log
+from sdxl_ref.weights.leftovers import clear
+from sdxl_ref.weights.saving import write_tensors
+from sdxl_ref.weights.tensor_files import open_tensors
 
-if sys.platform != "win32":
-    import fcntl
-
-STATE, LOG = "state.safetensors", "log.csv"
-COLUMNS = ("step", "loss", "gradient_norm", "learning_rate", "seconds")
-Loss = Callable[[int, torch.Generator], Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by its own names
+SEED_STRIDE = 1_000_003  # between the generators of two seeds
+LIMIT = 1e9
+LEAST = {"steps": 1, "accumulate": 1, "warm_up": 0, "learning_rate": 0, "weight_decay": 0}
+StepLoss = Callable[[int, torch.Generator], Tensor]
+Signals = list[int]
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,15 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of all gradients together
-    ema: float = 0.999  # decay of the averaged weights; 0: none are kept
+    ema: float = 0.999  # decay of the averaged weights; 0: there are none
     autocast: str = ""  # "bfloat16": matrix products in it; "": everything in the weights' dtype
     seed: int = 0
     accumulate: int = 1  # batches whose gradients are averaged for one step
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("accumulate", 1), ("warm_up", 0), ("learning_rate", 0), ("weight_decay", 0)):
-            if not least <= (value := getattr(self, name)) <= 1e9:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if not least <= value <= LIMIT:
                 raise InputError(f"{name.replace('_', ' ')} must be a number from {least} to 1e9, found {value}")
         if not 0 <= self.ema < 1:
             raise InputError(f"the decay of the averaged weights must be at least 0 and below 1, found {self.ema}")
@@ -66,13 +68,25 @@ class Settings:
         share = (step - self.warm_up) / max(1, self.steps - self.warm_up)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
+    def generator(self, step: int) -> torch.Generator:
+        """The generator of all that is drawn at a step."""
+        return torch.Generator().manual_seed((self.seed * SEED_STRIDE + step) % 2**64)
+
+
+class Metrics(NamedTuple):
+    """What the log says of a step."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
 
 class Run:
-    """A module in training, in a folder of its own: `state.safetensors` to go on from, `log.csv` to look at.
+    """A module in training, in a folder of its own: `state.safetensors` to resume from, `log.csv` to look at.
 
-    `about` names what is trained on what; with the settings it has to be that of the run that the folder holds, else
-    InputError. The averaged weights are in `averaged`, by parameter name. With several processes `replicas` is what
-    averages their gradients: `loss_of` calls it.
+    `identity` names what is trained on what; with the settings it has to be that of the run in the folder, otherwise
+    InputError. The averaged weights are in `averaged`, by parameter name. With several processes `replicas` averages
+    their gradients: `step_loss` calls it.
     """
 
     def __init__(
@@ -80,204 +94,174 @@ class Run:
         module: nn.Module,
         settings: Settings,
         folder: Path,
-        about: dict[str, object],
+        identity: Mapping[str, object],
         replicas: DistributedDataParallel | None = None,
     ) -> None:
-        self.module, self.settings, self.folder, self.replicas = module, settings, folder, replicas
-        self.leads = not distributed.is_initialized() or distributed.get_rank() == 0
-        self.identity = json.loads(json.dumps({"settings": asdict(settings), **about}))
+        self.module = module
+        self.settings = settings
+        self.folder = folder
+        self.replicas = replicas
+        self.leads = this_process().leads
+        self.identity = json.loads(json.dumps({"settings": asdict(settings), **identity}))
         self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.weights:
             raise InputError("nothing to train: no parameter of the module requires a gradient")
-        self.averaged = {name: at_least_float32(p.detach().clone()) for name, p in self.weights.items() if settings.ema}
-        options = {"betas": settings.betas, "weight_decay": settings.weight_decay}
-        self.optimizer = torch.optim.AdamW(self.weights.values(), settings.learning_rate, **options)  # type: ignore[arg-type]
+        self.averaged: dict[str, Tensor] = {}
+        if settings.ema:
+            self.averaged = {name: at_least_float32(p.detach().clone()) for name, p in self.weights.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
         self.step = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        if held := (folder / STATE).exists():
-            self._go_on()
-        self.whole = True  # False while a step changes the weights
-        if self.leads:
-            self._cut_log()
-            clear(folder)
-            if not held:
-                self.save()  # from now on the folder is this run's, and there is room for it
+        self.is_consistent = True  # False while a step changes the weights
+        self._open_folder()
 
-    def train(self, loss_of: Loss, save_every: int = 1000, stop: int | None = None) -> Iterator[int]:
-        """Go on to the end, or to step `stop`; yields the number of steps done after each, for samples or for a look.
+    def train(self, step_loss: StepLoss, save_every: int = 1000, stop: int | None = None) -> Iterator[int]:
+        """Train to the end, or to step `stop`; yields the number of steps done after each one.
 
-        Saves every `save_every` steps, at the end, and when it is stopped: SIGINT and SIGTERM let the step end, then
-        KeyboardInterrupt is raised.
+        The state is saved every `save_every` steps, at the end, and when the run is stopped: SIGINT and SIGTERM let
+        the step end, then KeyboardInterrupt is raised.
         """
         last = self.settings.steps if stop is None else min(stop, self.settings.steps)
-        began = time.perf_counter()
-        hidden = None if self.leads else True
-        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=hidden)
-        with bar, (self.folder / LOG).open("a", newline="") as log, told_to_stop() as told:
-            rows = csv.writer(log)
+        start = time.perf_counter()
+        is_hidden = None if self.leads else True  # None: hidden where standard error is no terminal
+        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=is_hidden)
+        with bar, (self.folder / LOG).open("a", newline="") as log, stop_signals() as signals:
+            writer = csv.writer(log)
             try:
                 while self.step < last:
-                    loss, norm, rate = self._advance(loss_of, told)
-                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                    metrics = self._advance(step_loss, signals)
+                    bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
                     bar.update()
-                    seconds = time.perf_counter() - began
                     if self.leads:
-                        rows.writerow((self.step, f"{loss:.6g}", f"{norm:.4g}", f"{rate:.4g}", f"{seconds:.2f}"))
+                        writer.writerow(self._log_row(metrics, time.perf_counter() - start))
                         log.flush()
-                    if told:
+                    if signals:
                         raise KeyboardInterrupt
                     if self.step % save_every == 0 and self.step < last:
                         self.save()
                     yield self.step
             finally:
-                if self.whole:
+                if self.is_consistent:
                     self.save()
 
-    def _advance(self, loss_of: Loss, told: list[int]) -> tuple[float, float, float]:
-        s = self.settings
-        generator = torch.Generator().manual_seed((s.seed * 1_000_003 + self.step) % 2**64)
-        device = next(iter(self.weights.values())).device
-        total = torch.zeros((), device=device)
-        for i in range(s.accumulate):
-            apart = self.replicas is not None and i < s.accumulate - 1  # gradients are averaged with the last batch
-            with self.replicas.no_sync() if apart and self.replicas else nullcontext():
-                with torch.autocast(device.type, getattr(torch, s.autocast or "bfloat16"), enabled=bool(s.autocast)):
-                    loss = loss_of(self.step, generator) / s.accumulate
-                loss.backward()
-            total += loss.detach()
-        value = self._agree(total, told)
-        norm = float(nn.utils.clip_grad_norm_(self.weights.values(), s.clip))
-        for what, number in (("loss", value), ("gradients' norm", norm)):
-            if not math.isfinite(number):
-                remedy = f"use a lower learning rate (it is {s.learning_rate}), in another folder"
-                if self.step == 0:
-                    remedy = "no step was made yet, so the weights or the data are to blame: look at both"
-                raise InputError(f"the {what} is {number} at step {self.step}: {remedy}")
-        rate = s.rate(self.step)
+    def save(self) -> None:
+        """Write weights, averaged weights and the optimizer's moments in the place of an older state."""
+        if not self.leads:
+            return
+        state: dict[str, Tensor] = {}
+        for name, p in self.weights.items():
+            state[f"weights.{name}"] = p.detach().contiguous()
+            moments = self.optimizer.state.get(p, {})
+            for moment in MOMENTS:
+                if moment in moments:
+                    state[f"{moment}.{name}"] = moments[moment].contiguous()
+        for name, average in self.averaged.items():
+            state[f"averaged.{name}"] = average.contiguous()
+        write_tensors(self.folder / STATE, state, {"step": str(self.step), "identity": json.dumps(self.identity)})
+
+    def _open_folder(self) -> None:
+        """Resume from the state in the folder, or make the folder this run's own, as long as there is room for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        has_state = (self.folder / STATE).exists()
+        if has_state:
+            self._resume()
+        if self.leads:
+            truncate_log(self.folder, self.step)
+            clear(self.folder)
+            if not has_state:
+                self.save()
+
+    def _resume(self) -> None:
+        """Read step, weights, averaged weights and moments. InputError where the state is of another run or model."""
+        path = self.folder / STATE
+        metadata = check_same(self.folder, self.identity)
+        with open_tensors(path) as file, torch.no_grad():
+            keys = set(file.keys())
+            saved_names = {key.removeprefix("weights.") for key in keys if key.startswith("weights.")}
+            if saved_names != self.weights.keys():
+                differing = ", ".join(sorted(saved_names ^ self.weights.keys())[:3])
+                raise InputError(f"{path} is of another model (differs in {differing}): use another folder")
+            self.step = int(metadata["step"])
+            for name, p in self.weights.items():
+                p.copy_(file.get_tensor(f"weights.{name}"))
+                if name in self.averaged:
+                    self.averaged[name].copy_(file.get_tensor(f"averaged.{name}"))
+                if f"{MOMENTS[0]}.{name}" in keys:  # absent where no gradient came
+                    moments = {moment: file.get_tensor(f"{moment}.{name}").to(p.device) for moment in MOMENTS}
+                    self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def _advance(self, step_loss: StepLoss, signals: Signals) -> Metrics:
+        """One step of the optimizer. InputError where the loss or the gradient is not finite: then nothing changes."""
+        loss = self._agree(self._backward(step_loss), signals)
+        norm = float(nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip))
+        self._check_finite("loss", loss)
+        self._check_finite("gradients' norm", norm)
+        rate = self.settings.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.whole = False
+        self.is_consistent = False
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        decay = min(s.ema, (1 + self.step) / (10 + self.step))  # little memory of the first steps
-        with torch.no_grad():
-            for name, average in self.averaged.items():
-                average.lerp_(self.weights[name].to(average.dtype), 1 - decay)
-        self.whole = True
-        return value, norm, rate
+        self._average()
+        self.is_consistent = True
+        return Metrics(loss, norm, rate)
 
-    def _agree(self, loss: Tensor, told: list[int]) -> float:
-        """The mean loss of all processes; and if one is told to stop, all are."""
-        if distributed.is_initialized():
-            both = torch.stack([loss / distributed.get_world_size(), torch.full_like(loss, len(told))])
-            distributed.all_reduce(both)
-            if both[1] and not told:
-                told.append(signal.SIGTERM)
-            return float(both[0])
-        return float(loss)
+    def _backward(self, step_loss: StepLoss) -> Tensor:
+        """The gradients of the step's batches, and their mean loss (0-d)."""
+        count = self.settings.accumulate
+        generator = self.settings.generator(self.step)
+        device = next(iter(self.weights.values())).device
+        total = torch.zeros((), device=device)
+        for i in range(count):
+            with self._gradients_apart(is_last=i == count - 1):
+                with self._autocast(device):
+                    loss = step_loss(self.step, generator) / count
+                loss.backward()
+            total += loss.detach()
+        return total
 
-    def save(self) -> None:
-        """Weights, averaged weights and the optimizer's moments; written beside and renamed."""
-        if not self.leads:
+    def _gradients_apart(self, is_last: bool) -> AbstractContextManager[None]:
+        """The processes average their gradients with the last batch of a step, not before."""
+        if self.replicas is None or is_last:
+            return nullcontext()
+        return self.replicas.no_sync()
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        dtype = getattr(torch, self.settings.autocast or "bfloat16")
+        return torch.autocast(device.type, dtype, enabled=bool(self.settings.autocast))
+
+    def _agree(self, loss: Tensor, signals: Signals) -> float:
+        """The mean loss of all processes; and if one of them is to stop, all are."""
+        if not distributed.is_initialized():
+            return float(loss)
+        sums = torch.stack([loss / distributed.get_world_size(), torch.full_like(loss, len(signals))])  # (2,)
+        distributed.all_reduce(sums)
+        if sums[1] and not signals:
+            signals.append(signal.SIGTERM)
+        return float(sums[0])
+
+    def _check_finite(self, quantity: str, value: float) -> None:
+        if math.isfinite(value):
             return
-        state = {f"weights.{name}": p.detach() for name, p in self.weights.items()}
-        state |= {f"averaged.{name}": tensor for name, tensor in self.averaged.items()}
-        for name, p in self.weights.items():
-            moments = self.optimizer.state.get(p, {})
-            state |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
-        state = {key: tensor.contiguous() for key, tensor in state.items()}
-        write(self.folder / STATE, state, {"step": str(self.step), "identity": json.dumps(self.identity)})
+        remedy = f"use a lower learning rate (it is {self.settings.learning_rate}), in another folder"
+        if self.step == 0:
+            remedy = "no step was made yet, so the weights or the data are to blame: look at both"
+        raise InputError(f"the {quantity} is {value} at step {self.step}: {remedy}")
 
-    def _go_on(self) -> None:
-        path = self.folder / STATE
-        metadata = check_same(self.folder, self.identity)
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            weights = {key.removeprefix("weights.") for key in names if key.startswith("weights.")}
-            if weights != self.weights.keys():
-                differing = sorted(weights ^ self.weights.keys())[:3]
-                raise InputError(f"{path} is of another model (differs in {', '.join(differing)}): use another folder")
-            self.step = int(metadata["step"])
-            with torch.no_grad():
-                for name, p in self.weights.items():
-                    p.copy_(file.get_tensor(f"weights.{name}"))
-                    if name in self.averaged:
-                        self.averaged[name].copy_(file.get_tensor(f"averaged.{name}"))
-                    if f"exp_avg.{name}" in names:  # not where no gradient came
-                        moments = {
-                            key: file.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")
-                        }
-                        self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the averaged weights towards the new ones, at first faster than `ema` says: early weights fade soon."""
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        for name, average in self.averaged.items():
+            average.lerp_(self.weights[name].to(average.dtype), 1 - decay)
 
-    def _cut_log(self) -> None:
-        """Keep the rows up to the step that the state stands at: those after it are computed again."""
-        path = self.folder / LOG
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            rows = list(csv.reader(text.splitlines()))
-        except (OSError, csv.Error) as error:
-            raise InputError(f"could not read the log of the run, {path} ({error}): move it away") from error
-        if rows[:1] not in ([], [list(COLUMNS)]):
-            expected = f"expected a log of a run, whose first line is {','.join(COLUMNS)}"
-            raise InputError(f"{expected}, found {','.join(rows[0])[:60]!r} in {path}: move it, or use another folder")
-        kept = [row for row in rows if row and row[0].isdecimal() and int(row[0]) <= self.step]
-        if rows != [list(COLUMNS), *kept]:
-            with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([COLUMNS, *kept])
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """No other process works in a folder meanwhile; InputError where one does. Ends with the process, however it ends.
-
-    A file system that has no locks (and Windows) is trusted.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise InputError(f"could not write to the folder {folder}: {error.strerror}") from error
-    with file:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another run is at work in {folder}: wait for its end, or use another folder"
-                ) from error
-            except OSError:
-                pass
-        yield
-
-
-def check_same(folder: Path, identity: Mapping[str, object], partly: bool = False) -> dict[str, str]:
-    """The metadata of the state in a folder, none if there is no state; InputError where it is of another run.
-
-    `partly`: the identity is not all there is to one, and is compared as far as it goes.
-    """
-    path = folder / STATE
-    if not path.exists():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        found, _ = dict(json.loads(metadata["identity"])), int(metadata["step"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "delete it to start over, or use another folder"
-        raise InputError(f"{path} is no state of a run, or a damaged one ({error}): {remedy}") from error
-    known = json.loads(json.dumps(identity))
-    for key in known if partly else known | found:
-        held: Any = found.get(key)
-        wanted = known.get(key)
-        if held != wanted:
-            for name in wanted if isinstance(held, dict) and isinstance(wanted, dict) else ():
-                if held.get(name) != wanted[name]:  # the first of its entries that differs
-                    key, held, wanted = f"{key}: {name}", held.get(name), wanted[name]
-                    break
-            remedy = "go on with the same, or use another folder"
-            raise InputError(f"{folder} holds a run with another {key} ({held}), expected {wanted}: {remedy}")
-    return metadata
+    def _log_row(self, metrics: Metrics, seconds: float) -> list[Any]:
+        """A row of the log, in the order of COLUMNS."""
+        loss = f"{metrics.loss:.6g}"
+        norm = f"{metrics.gradient_norm:.4g}"
+        return [self.step, loss, norm, f"{metrics.learning_rate:.4g}", f"{seconds:.2f}"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -285,15 +269,19 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def told_to_stop() -> Iterator[list[int]]:
-    """A list that holds each SIGINT and SIGTERM that came meanwhile; only the main thread can be told."""
-    told: list[int] = []
+def stop_signals() -> Iterator[Signals]:
+    """A list of the SIGINTs and SIGTERMs that come meanwhile; they reach the main thread alone."""
+    signals: Signals = []
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield signals
         return
-    before = {kind: signal.signal(kind, lambda kind, _: told.append(kind)) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield told
+        yield signals
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_ref.checkpoint import build_empty, prefixes
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, ModelConfig
+from sdxl_ref.weights.checkpoint import build_empty, prefixes
 
 SEED = 0
 CHUNK = 1 << 22  # numbers drawn at once

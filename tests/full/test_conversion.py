@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sdxl_ref.checkpoint import open_checkpoint
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, ModelConfig
-from sdxl_ref.folder import EXTRAS_FILE
+from sdxl_ref.weights.folder import EXTRAS_FILE
+from sdxl_ref.weights.opening import open_checkpoint
 
 pytestmark = pytest.mark.full
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sdxl_ref.checkpoint import Checkpoint, open_checkpoint
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, ModelConfig
-from sdxl_ref.tokenizer import tokenize
+from sdxl_ref.text.tokenizer import tokenize
+from sdxl_ref.weights.checkpoint import Checkpoint
+from sdxl_ref.weights.opening import open_checkpoint
 
 BOUND = 2e-6  # relative L2; the two references on the same weights are 0.7e-6 to 1.7e-6 apart
 KINDS = ["refiner", "base"]

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sdxl_ref import ImageToImagePipeline, TextToImagePipeline, lora
+from sdxl_ref import ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.cli import main
-from sdxl_ref.hub import POCKET
 from sdxl_ref.pocket.distance import patch_distances
 from sdxl_ref.pocket.judge import judge
 from sdxl_ref.pocket.scenes import PASTEL, USUAL, Look, Scene, draw, random_scene
+from sdxl_ref.weights.opening import POCKET
 from weights_convert.convert import convert
 
 pytestmark = pytest.mark.full
@@ -122,7 +122,7 @@ def test_a_new_look(kind: str, pipeline: Any, make: Any, nearer: float, data: Pa
     adapter = tuned(kind, data, tmp_path / "out")
     pipe = pipeline.from_pretrained("pocket")
     right, before = figures(f"{kind}, before", make(pipe, chosen), chosen)
-    lora.put_on([pipe], [str(adapter)])
+    pipe.load_lora_weights(adapter)
     still_right, after = figures(f"{kind}, after", make(pipe, chosen), chosen)
     assert after["new"] < nearer * before["new"]
     assert after["new, coarse"] < 0.5 * before["new, coarse"]

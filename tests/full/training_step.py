@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdxl_ref.checkpoint import open_checkpoint
 from sdxl_ref.training.diffusion import Objective, checkpoint_activations, epsilon_errors
 from sdxl_ref.training.loop import Run, Settings
+from sdxl_ref.weights.opening import open_checkpoint
 
 
 class Unsaved(Run):

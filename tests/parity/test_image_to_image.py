@@ -1,29 +1,31 @@
-"""The whole image-to-image run against diffusers' `StableDiffusionXLImg2ImgPipeline` on the same small weights."""
+"""The whole image-to-image run against diffusers' `StableDiffusionXLImg2ImgPipeline` on the same weights."""
 
 from typing import Any
 
 import checks
 import numpy as np
-import peers
+import pairs
 import pytest
 import torch
 
 from sdxl_ref.diffusion.schedule import NoiseSchedule
-from sdxl_ref.ecosystem import ImageToImagePipeline
 
 SCHEDULERS = {"euler": "EulerDiscreteScheduler", "ddpm": "DDPMScheduler"}
+SEED = 7
 
 
-def both(sampler: str = "euler", spacing: str = "leading", karras: bool = False, **arguments: Any) -> tuple[Any, Any]:
+def both(
+    sampler: str = "euler", spacing: str = "leading", karras: bool = False, kind: str = "refiner", **arguments: Any
+) -> tuple[Any, Any]:
     """Results of ours and diffusers' for the same arguments, each with a fresh generator of the same seed."""
-    config: dict[str, Any] = {"use_karras_sigmas": True} if karras else {}
+    options: dict[str, Any] = {"use_karras_sigmas": True} if karras else {}
     if sampler == "ddpm":
-        config["clip_sample"] = False
-    peer = checks.diffusers_img2img(SCHEDULERS[sampler], spacing, **config)
-    ours = ImageToImagePipeline(peers.SMALL_REFINER, **checks.small_pipeline_parts())  # type: ignore[arg-type]
-    call = checks.request(**arguments)
-    mine = ours(**call, sampler=sampler, spacing=spacing, karras=karras, generator=torch.Generator().manual_seed(7))
-    theirs = peer(**({"strength": 0.3} | call), generator=torch.Generator().manual_seed(7))
+        options["clip_sample"] = False
+    call = pairs.request(**arguments)
+    choice = {"sampler": sampler, "spacing": spacing, "karras": karras}
+    mine = pairs.refiner(kind)(**call, **choice, generator=pairs.seeded(SEED))
+    peer = pairs.diffusers_refiner(SCHEDULERS[sampler], spacing, kind, **options)
+    theirs = peer(**({"strength": 0.3} | call), generator=pairs.seeded(SEED))
     return mine.images, theirs.images
 
 
@@ -37,7 +39,7 @@ def test_samplers_and_spacings(sampler: str, spacing: str) -> None:
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_karras(spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the peer's own float32 table of sigmas: its lowest level is 1.3e-5 off, and moves every Karras level."""
-    alphas_cumprod = checks.diffusers_img2img().scheduler.alphas_cumprod
+    alphas_cumprod = pairs.diffusers_refiner().scheduler.alphas_cumprod
     table = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().double().numpy()
     create = NoiseSchedule.__init__
 
@@ -76,15 +78,13 @@ def test_batch_of_prompts_and_images() -> None:
     checks.close(mine, theirs, checks.PIPELINE, "batch")
 
 
-def test_noisy_latents_with_denoising_start_and_end() -> None:
+@pytest.mark.parametrize(("start", "end"), [(0.8, None), (0.5, 0.8), (0.7, 0.91)])
+def test_noisy_latents_with_denoising_start_and_end(start: float, end: float | None) -> None:
     latents = 3 * checks.normal(1, 4, 12, 16, seed=5, dtype=torch.float32)
-    for start, end in ((0.8, None), (0.5, 0.8), (0.7, 0.71 + 0.2)):
-        arguments = {"image": latents, "strength": None, "denoising_start": start, "denoising_end": end}
-        peer = checks.diffusers_img2img()
-        ours = ImageToImagePipeline(peers.SMALL_REFINER, **checks.small_pipeline_parts())  # type: ignore[arg-type]
-        mine = ours(**checks.request(**arguments)).images
-        theirs = peer(**checks.request(**arguments | {"strength": 0.3})).images
-        checks.close(mine, theirs, checks.PIPELINE, f"denoising {start} to {end}")
+    arguments = {"image": latents, "strength": None, "denoising_start": start, "denoising_end": end}
+    mine = pairs.refiner()(**pairs.request(**arguments)).images
+    theirs = pairs.diffusers_refiner()(**pairs.request(**arguments | {"strength": 0.3})).images
+    checks.close(mine, theirs, checks.PIPELINE, f"denoising {start} to {end}")
 
 
 def test_scores_and_default_sizes() -> None:
@@ -94,7 +94,8 @@ def test_scores_and_default_sizes() -> None:
 
 
 def test_pictures_are_equal() -> None:
-    mine, theirs = both(output_type="pil")
+    """On a model with all of SDXL's levels."""
+    mine, theirs = both(kind="small refiner", output_type="pil", num_inference_steps=4)
     difference = np.asarray(mine[0], dtype=int) - np.asarray(theirs[0], dtype=int)
     assert abs(difference).max() <= 1
     assert np.asarray(mine[0]).std() > 5  # not a uniform picture

@@ -1,6 +1,6 @@
 """Each fault that an implementation of SDXL is known to have, planted in ours for one test, fails the parity checks.
 
-The second list of the pair is the check that has to catch it; untouched, every check passes (tests beside this one).
+`FAULTS` names the check that has to catch each; untouched, every check passes (tests beside this one).
 """
 
 from collections.abc import Callable
@@ -8,17 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import checks
+import pairs
 import peers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdxl_ref import conditioning
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.networks import openclip_g, unet, vae
 from sdxl_ref.networks.layers import sinusoidal_embedding
-from sdxl_ref.tokenizer import tokenize
+from sdxl_ref.text import conditioning
+from sdxl_ref.text.tokenizer import tokenize
 
 Patch = pytest.MonkeyPatch
 
@@ -27,9 +28,8 @@ def set_eps(kind: type[nn.Module], eps: float) -> Callable[[nn.Module], None]:
     """Give every GroupNorm inside modules of `kind` another eps."""
 
     def tamper(network: nn.Module) -> None:
-        norms = [
-            n for m in network.modules() if isinstance(m, kind) for n in m.modules() if isinstance(n, nn.GroupNorm)
-        ]
+        inside = [module for owner in network.modules() if isinstance(owner, kind) for module in owner.modules()]
+        norms = [module for module in inside if isinstance(module, nn.GroupNorm)]
         assert norms
         for norm in norms:
             norm.eps = eps
@@ -50,7 +50,10 @@ def vae_eps(patch: Patch) -> None:
 
 
 def sin_before_cos(patch: Patch) -> None:
-    patch.setattr(unet, "sinusoidal_embedding", lambda v, d: sinusoidal_embedding(v, d).roll(d // 2, dims=-1))
+    def swapped(values: Tensor, dim: int) -> Tensor:
+        return sinusoidal_embedding(values, dim).roll(dim // 2, dims=-1)
+
+    patch.setattr(unet, "sinusoidal_embedding", swapped)
     checks.check_unet()
 
 
@@ -86,7 +89,8 @@ def padding_with_end_of_text(patch: Patch) -> None:
 
 
 def latents_not_scaled(patch: Patch) -> None:
-    checks.check_pipeline(replace(peers.SMALL_REFINER, vae=replace(peers.SMALL_REFINER.vae, scale_factor=1.0)))
+    unscaled = replace(pairs.REFINER.vae, scale_factor=1.0)
+    checks.check_pipeline(replace(pairs.REFINER, vae=unscaled))
 
 
 def steps_offset_0(patch: Patch) -> None:

@@ -3,11 +3,10 @@
 from typing import Any
 
 import checks
-import peers
+import numpy as np
+import pairs
 import pytest
 import torch
-
-from sdxl_ref.ecosystem import ImageToImagePipeline, TextToImagePipeline
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
@@ -15,31 +14,16 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
 }
+SEED = 7
 
 
-def request(**changes: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "prompt": "a cup of coffee on a table, morning light",
-        "height": 96,
-        "width": 128,
-        "num_inference_steps": 10,
-        "original_size": (1001, 777),
-        "crops_coords_top_left": (3, 515),
-        "target_size": (515, 1023),
-        "output_type": "latent",
-    }
-    return arguments | changes
-
-
-def base() -> TextToImagePipeline:
-    return TextToImagePipeline(peers.SMALL_BASE, **checks.small_base_parts())  # type: ignore[arg-type]
-
-
-def both(sampler: str = "euler", spacing: str = "leading", **arguments: Any) -> tuple[Any, Any]:
-    name, config = SCHEDULERS[sampler]
-    call = request(**arguments)
-    theirs = checks.diffusers_text2img(name, spacing, **config)(**call, generator=torch.Generator().manual_seed(7))
-    mine = base()(**call, sampler=sampler, spacing=spacing, generator=torch.Generator().manual_seed(7))
+def both(sampler: str = "euler", spacing: str = "leading", kind: str = "base", **arguments: Any) -> tuple[Any, Any]:
+    """Results of ours and diffusers' for the same arguments, each with a fresh generator of the same seed."""
+    name, options = SCHEDULERS[sampler]
+    call = pairs.text_request(**arguments)
+    peer = pairs.diffusers_base(name, spacing, kind, **options)
+    theirs = peer(**call, generator=pairs.seeded(SEED))
+    mine = pairs.base(kind)(**call, sampler=sampler, spacing=spacing, generator=pairs.seeded(SEED))
     return mine.images, theirs.images
 
 
@@ -59,31 +43,52 @@ def test_negative_prompt(negative_prompt: str | None) -> None:
     checks.close(*both(negative_prompt=negative_prompt), checks.PIPELINE, f"negative prompt {negative_prompt!r}")
 
 
-def test_second_prompts_and_negative_sizes() -> None:
-    second = {"prompt_2": "a red cat", "negative_prompt": "x", "negative_prompt_2": "y z"}
-    sizes = {"negative_original_size": (333, 611), "negative_target_size": (100, 99)}
-    for arguments in (second, sizes, sizes | {"negative_crops_coords_top_left": (5, 6)}):
-        checks.close(*both(**arguments), checks.PIPELINE, str(sorted(arguments)))
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt_2": "a red cat", "negative_prompt": "x", "negative_prompt_2": "y z"},
+        {"negative_original_size": (333, 611), "negative_target_size": (100, 99)},
+        {
+            "negative_original_size": (333, 611),
+            "negative_target_size": (100, 99),
+            "negative_crops_coords_top_left": (5, 6),
+        },
+    ],
+    ids=["prompts", "sizes", "sizes and crop"],
+)
+def test_second_prompts_and_negative_sizes(arguments: dict[str, Any]) -> None:
+    checks.close(*both(**arguments), checks.PIPELINE, str(sorted(arguments)))
 
 
-def test_batch_and_handed_in_noise() -> None:
+def test_batch() -> None:
     checks.close(*both(prompt=["a", "b c"], num_images_per_prompt=2), checks.PIPELINE, "batch")
-    checks.close(*both(latents=checks.normal(1, 4, 12, 16, seed=1, dtype=torch.float32)), checks.PIPELINE, "latents")
+
+
+def test_handed_in_noise() -> None:
+    noise = checks.normal(1, 4, 12, 16, seed=1, dtype=torch.float32)
+    checks.close(*both(latents=noise), checks.PIPELINE, "latents")
+
+
+def test_pictures_are_equal() -> None:
+    """On a model with all of SDXL's levels."""
+    mine, theirs = both(kind="small base", output_type="pil", num_inference_steps=4)
+    difference = np.asarray(mine[0], dtype=int) - np.asarray(theirs[0], dtype=int)
+    assert abs(difference).max() <= 1
+    assert np.asarray(mine[0]).std() > 5  # not a uniform picture
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "ddim"])
 def test_two_call_ensemble(sampler: str) -> None:
     """The model card's form, where diffusers is right: solvers of one evaluation a step."""
-    name, config = SCHEDULERS[sampler]
-    call = request(original_size=None, crops_coords_top_left=(0, 0), target_size=None)
+    name, options = SCHEDULERS[sampler]
+    call = pairs.text_request(original_size=None, crops_coords_top_left=(0, 0), target_size=None)
     finish = {"num_inference_steps": 10, "denoising_start": 0.8, "output_type": "latent", "prompt": call["prompt"]}
 
-    draws = torch.Generator().manual_seed(7)
-    theirs = checks.diffusers_text2img(name, **config)(**call, denoising_end=0.8, generator=draws).images
-    theirs = checks.diffusers_img2img(name, **config)(**finish, image=theirs, generator=draws).images
+    draws = pairs.seeded(SEED)
+    handed = pairs.diffusers_base(name, **options)(**call, denoising_end=0.8, generator=draws).images
+    theirs = pairs.diffusers_refiner(name, **options)(**finish, image=handed, generator=draws).images
 
-    draws = torch.Generator().manual_seed(7)
-    mine = base()(**call, denoising_end=0.8, generator=draws, sampler=sampler).images
-    refiner = ImageToImagePipeline(peers.SMALL_REFINER, **checks.small_pipeline_parts())  # type: ignore[arg-type]
-    mine = refiner(**finish, image=mine, generator=draws, sampler=sampler).images
+    draws = pairs.seeded(SEED)
+    handed = pairs.base()(**call, denoising_end=0.8, generator=draws, sampler=sampler).images
+    mine = pairs.refiner()(**finish, image=handed, generator=draws, sampler=sampler).images
     checks.close(mine, theirs, checks.PIPELINE, f"two calls, {sampler}")

@@ -6,15 +6,15 @@ from typing import Any
 import peers
 import pytest
 import torch
+from adapter_files import put_on
 from torch import Tensor, nn
 
-from sdxl_ref import lora
-from sdxl_ref.checkpoint import build
-from sdxl_ref.conditioning import encode_text
+from sdxl_ref.adapters.writing import names_of
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.lora_forms import names_of
+from sdxl_ref.text.conditioning import encode_text
 from sdxl_ref.training.adapters import Choice, LowRank, attach, learned
 from sdxl_ref.training.diffusion import epsilon_errors
+from sdxl_ref.weights.checkpoint import build
 
 CONFIGS = {"base": peers.SMALL_BASE, "refiner": peers.SMALL_REFINER}
 
@@ -113,13 +113,16 @@ def test_what_is_learned_and_then_applied_is_what_was_trained(kind: str) -> None
     fresh = networks(config)
     adapter = learned(factors, {})
     assert {place.part for place in adapter.layers} == set(trained)
-    lora.Applied(fresh).apply((adapter, 1.0))
+    put_on(fresh, (adapter, 1.0))
     states = [
-        encode_text(each.get("text_encoder"), each["text_encoder_2"], ["a cup"], ["a cup"]) for each in (trained, fresh)
+        encode_text(each.get("text_encoder"), each["text_encoder_2"], ["a cup"], ["a cup"], "cpu")
+        for each in (trained, fresh)
     ]
     for a, b in zip(*states, strict=True):
         assert peers.distance(a.detach(), b.detach()) <= 1e-5
-    plain = encode_text(networks(config).get("text_encoder"), networks(config)["text_encoder_2"], ["a cup"], ["a cup"])
+    plain = encode_text(
+        networks(config).get("text_encoder"), networks(config)["text_encoder_2"], ["a cup"], ["a cup"], "cpu"
+    )
     assert peers.distance(states[0][1].detach(), plain[1].detach()) > 1e-3
     given = inputs(config)
     arguments = given["latents"], torch.tensor([3, 150]), given["context"], given["y"]

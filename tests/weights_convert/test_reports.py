@@ -8,16 +8,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdxl_ref.checkpoint import KNOWN_FILES, sha256_of
-from weights_convert import reports
+from sdxl_ref.weights import report
+from sdxl_ref.weights.checkpoint import KNOWN_FILES
+from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.tensor_files import sha256_of
 from weights_convert.cli import main
 from weights_convert.convert import convert, model_spec
 from weights_convert.stream import HASH_KEY
 
 
-@pytest.fixture
-def own(small_refiner_file: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "own.safetensors"
+@pytest.fixture(scope="module")
+def own(small_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that a conversion wrote, to be read alone."""
+    path = tmp_path_factory.mktemp("own") / "own.safetensors"
     convert(small_refiner_file, path, "official")
     return path
 
@@ -65,9 +68,9 @@ def test_inspect_names_the_autoencoder_where_its_file_is_known(
     assert [named(path) for path in files] == ["unknown"] * 6
     assert "VAE: unknown, file sha256 " in run(capsys, "inspect", theirs)[1]
     monkeypatch.setitem(KNOWN_FILES, sha256_of(own), ("some_file", "0.9"))
-    monkeypatch.setattr(reports, "OFFICIAL_SIZES", (own.stat().st_size,))
+    monkeypatch.setattr(report, "OFFICIAL_SIZES", (own.stat().st_size,))
     for path in (*alone[:2], theirs):
-        monkeypatch.setitem(reports.VAES, sha256_of(path), f"the {path.stem}")
+        monkeypatch.setitem(report.VAES, sha256_of(path), f"the {path.stem}")
     assert [named(path) for path in files] == [
         "0.9", "the diffusion_pytorch_model", "the bare", "the prefixed", *["the diffusion_pytorch_model"] * 2
     ]  # fmt: skip
@@ -85,7 +88,7 @@ def test_verify_finds_damage(own: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "NO" in out
     state = load_file(own)
     state["model.diffusion_model.out.2.bias"][0] = torch.nan
-    metadata = {k: v for k, v in model_spec(peers_config(own)).items() if k != HASH_KEY}
+    metadata = {k: v for k, v in model_spec(open_checkpoint(own).config).items() if k != HASH_KEY}
     save_file(state, tmp_path / "nan.safetensors", metadata)
     status, out, _ = run(capsys, "verify", tmp_path / "nan.safetensors", "--json")
     assert status == 1
@@ -95,12 +98,6 @@ def test_verify_finds_damage(own: Path, tmp_path: Path, capsys: pytest.CaptureFi
         "holds": False,
         "found": "1 tensors hold NaN or infinity: model.diffusion_model.out.2.bias",
     }
-
-
-def peers_config(path: Path) -> object:
-    from sdxl_ref.checkpoint import open_checkpoint
-
-    return open_checkpoint(path).config
 
 
 def test_diff_across_layouts(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

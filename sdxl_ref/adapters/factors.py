@@ -1,0 +1,71 @@
+"""The low-rank change of one layer as factors, and what can be done with these.
+
+An adapter changes a weight W to W + scale * alpha / rank * up @ down (Hu et al. 2021, arXiv:2106.09685). For a
+convolution `down` is one with W's kernel and `up` is 1x1 (LoCon, Yeh et al. 2023, arXiv:2309.14859).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer of an adapter: `down` (r,in) or (r,in,kh,kw); `up` (out,r) or (out,r,1,1); maybe `mid` (r,r,kh,kw)."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    mid: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the change: (out,in) or (out,in,kh,kw)."""
+        kernel = self.down if self.mid is None else self.mid
+        return torch.Size((self.up.shape[0], self.down.shape[1], *kernel.shape[2:]))
+
+    def delta(self) -> Tensor:
+        """What is added to the weight at scale 1, in float32: (out,in) or (out,in,kh,kw)."""
+        up = self.up.float().flatten(1)  # (out,r,1,1) -> (out,r)
+        return torch.tensordot(up, self.kernel().float(), dims=1) * (self.alpha / self.rank)
+
+    def kernel(self) -> Tensor:
+        """`down`; where there is a `mid`, both folded into one, in float32: (r,in) or (r,in,kh,kw)."""
+        if self.mid is None:
+            return self.down
+        return torch.einsum("rs...,si->ri...", self.mid.float(), self.down.float().flatten(1))
+
+    def scaled_up(self) -> Tensor:
+        """`up` times alpha / rank, in float32 where that is not 1: a half would round it."""
+        if self.alpha == self.rank:
+            return self.up
+        return self.up.float() * (self.alpha / self.rank)
+
+    def to(self, device: torch.device | str) -> "Factors":
+        """The same on a device."""
+        mid = None if self.mid is None else self.mid.to(device)
+        return Factors(self.down.to(device), self.up.to(device), self.alpha, mid)
+
+    def rows(self, index: int, count: int) -> "Factors":
+        """The change of one of so many equal blocks of the matrix's rows."""
+        up = self.up.chunk(count)[index].contiguous()
+        return Factors(self.down, up, self.alpha, self.mid)
+
+    def among(self, index: int, count: int) -> "Factors":
+        """The change of one block as that of a whole matrix of so many: zeros in the rows of the others."""
+        up = self.scaled_up()
+        whole = up.new_zeros(count * up.shape[0], *up.shape[1:])
+        whole.chunk(count)[index].copy_(up)
+        return Factors(self.kernel(), whole, float(self.rank))
+
+    def plus(self, other: "Factors") -> "Factors":
+        """The sum of two changes as one whose alpha is its rank, as it has to be of both: ranks add up."""
+        rank = self.rank + other.rank
+        down = torch.cat([self.down, other.down])
+        up = torch.cat([self.up, other.up], dim=1)
+        return Factors(down, up, float(rank))

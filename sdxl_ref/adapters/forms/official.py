@@ -1,0 +1,25 @@
+"""Official names, those of a checkpoint's own tensors: `model.diffusion_model.out.2.lora_A.weight`.
+
+Nothing has to be translated. Others leave out the first word for the UNet: `diffusion_model.out.2.lora_A.weight`.
+"""
+
+from typing import ClassVar
+
+from sdxl_ref.adapters.form import Form, Layout, Suffixes
+
+
+class Official(Form):
+    name = "official"
+    suffixes: ClassVar[Suffixes] = {"down": ["lora_A.weight"], "up": ["lora_B.weight"]}
+
+    def layout(self, part: str) -> Layout:
+        return "official"
+
+    def spellings(self, part: str, prefix: str, layer: str) -> list[str]:
+        names = [prefix + layer]
+        if part == "unet":
+            names.append(f"diffusion_model.{layer}")
+        return names
+
+
+FORM = Official()

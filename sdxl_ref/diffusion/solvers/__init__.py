@@ -1,0 +1,1 @@
+"""Solvers: the file NAME.py holds the sampler NAME of `SAMPLERS`, so that adding one is adding a file."""

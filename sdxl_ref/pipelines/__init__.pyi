@@ -1,0 +1,4 @@
+from sdxl_ref.pipelines.diffusion import DiffusionPipeline as DiffusionPipeline
+from sdxl_ref.pipelines.ensemble import EnsemblePipeline as EnsemblePipeline
+from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline as ImageToImagePipeline
+from sdxl_ref.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline

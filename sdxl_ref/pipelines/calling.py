@@ -1,0 +1,192 @@
+"""What every pipeline can do, of one model or of two: be called, show its progress, use adapters.
+
+`steps(request)` is the algorithm, and each pipeline's own; `run` drains it, and the call is a drain with its result
+packed as the ecosystem's pipelines pack it.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdxl_ref.config import InputError, unknown
+from sdxl_ref.diffusion.schedule import Grid
+from sdxl_ref.diffusion.steps import Denoise, Step
+from sdxl_ref.pictures.images import MULTIPLE, from_tensor
+from sdxl_ref.pipelines.request import Prompt, Request
+
+if TYPE_CHECKING:
+    from sdxl_ref.adapters.active import Adapters
+
+Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+Steps = Generator[Step, None, Tensor]  # returns pictures (b,3,H,W) in [0,1], or latents (b,4,h,w)
+
+
+class Plan(Protocol):
+    """What will run, known before anything does; `str(plan)` says it in a line."""
+
+    @property
+    def grid(self) -> Grid: ...
+
+
+class PipelineOutput(NamedTuple):
+    """The result of a call."""
+
+    images: Any  # as `output_type` says: PIL pictures, (b,H,W,3) array, (b,3,H,W) tensor, or latents (b,4,h,w)
+
+
+class CallablePipeline:
+    """The base class of all pipelines. `request_type` is what `steps` takes; the call takes its fields."""
+
+    request_type: type[Any]
+    plan: Callable[[Any], Plan]
+    steps: Callable[[Any], Steps]
+
+    def __init__(self) -> None:
+        self.wrap_denoiser: Callable[[Denoise], Denoise] | None = None
+        self._progress: dict[str, Any] = {"disable": None}  # None: not where standard error is no terminal
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """The call of a pipeline shows the fields of its request, with meanings and defaults."""
+        super().__init_subclass__(**options)
+        if "request_type" in vars(cls):
+            cls.__call__ = _documented(CallablePipeline.__call__, cls.request_type)  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: Prompt, *, callback_on_step_end: Callback | None = None, watermark: bool = False, **arguments: Any
+    ) -> PipelineOutput:
+        """Make pictures: a request of the arguments, its steps under a progress bar, the result packed.
+
+        Latents are scaled by 0.13025, in sigma space. `callback_on_step_end(pipeline, i, sigma, {"latents": x})` is
+        called after each step; it may return {"latents": …}, from which the run goes on. `watermark` puts the official
+        code's invisible one into PIL pictures. TypeError for an unknown argument, InputError for a bad value.
+        """
+        request = self.request(prompt=prompt, **arguments)
+        if watermark and request.output_type != "pil":
+            raise InputError(f'a watermark goes into output_type "pil" only, found {request.output_type!r}')
+
+        def on_step(i: int, step: Step) -> None:
+            if watermark and i == 0:  # not after the whole run
+                watermarks().check(MULTIPLE * step.x.shape[3], MULTIPLE * step.x.shape[2])
+            if callback_on_step_end is not None:
+                changes = callback_on_step_end(self, i, float(step.sigma), {"latents": step.x})
+                step.x.copy_((changes or {}).get("latents", step.x))
+
+        result = self.run(request, on_step)
+        if request.output_type == "np":
+            return PipelineOutput(result.cpu().permute(0, 2, 3, 1).numpy())  # (b,3,h,w) -> (b,h,w,3)
+        if request.output_type != "pil":
+            return PipelineOutput(result)
+        pictures = from_tensor(result)
+        return PipelineOutput([watermarks().embed(picture) for picture in pictures] if watermark else pictures)
+
+    def request(self, **arguments: Any) -> Any:
+        """A request of a call's arguments. TypeError that names the nearest one where there is no such argument."""
+        names = [field.name for field in fields(self.request_type)]
+        for name in arguments:
+            if name not in names:
+                known = inspect.signature(self.__call__).parameters
+                raise TypeError(f"{type(self).__name__}: {unknown('argument', name, known)}")
+        return self.request_type(**arguments)
+
+    @torch.no_grad()
+    def run(self, request: Request, on_step: Callable[[int, Step], None] | None = None) -> Tensor:
+        """Drain the steps of a request under a progress bar.
+
+        Returns pictures (b,3,H,W) in [0,1], or, where its `output_type` is "latent", latents (b,4,h,w).
+        """
+        steps = self.steps(request)
+        total = len(self.plan(request).grid.timesteps)
+        with tqdm(total=total, **{"unit": "step", **self._progress}) as bar:
+            for i in itertools.count():
+                try:
+                    step = next(steps)
+                except StopIteration as end:
+                    return end.value
+                if on_step is not None:
+                    on_step(i, step)
+                bar.update()
+        raise AssertionError  # `count` has no end
+
+    def wrapped(self, denoise: Denoise) -> Denoise:
+        """The user's function around `denoise(x, sigma)`, if there is one."""
+        return denoise if self.wrap_denoiser is None else self.wrap_denoiser(denoise)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm's bar: `disable=True` hides it."""
+        self._progress |= options
+
+    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep the networks in the CPU's memory; each moves to the device when it works, and back for the next one.
+
+        Where there is no such device, a warning says so and everything stays where it is. InputError where parts come
+        when they work already. The one place that imports offloading.
+        """
+        from sdxl_ref.weights.offload import model_cpu_offload
+
+        model_cpu_offload(self.models(), device)
+
+    @property
+    def adapters(self) -> "Adapters":
+        """The adapters of the networks. The one place that imports them, when they are first asked for."""
+        from sdxl_ref.adapters.active import Adapters
+
+        return Adapters(*self.models())
+
+    def models(self) -> Sequence[Any]:
+        """The pipelines of one model each that this one is made of."""
+        return [self]
+
+    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None) -> None:
+        """Put an adapter (LoRA) on, under a name; without one, its file's. The same name again replaces it."""
+        self.adapters.load(path, adapter_name)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
+        """Make these adapters the active ones, each at its weight; without weights, at 1."""
+        self.adapters.set(adapter_names, adapter_weights)
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the adapters that change the weights now."""
+        return self.adapters.active
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters off: the weights are what they were, bit for bit."""
+        self.adapters.unload()
+
+
+def watermarks() -> Any:
+    """The module of the watermark, imported when one is asked for."""
+    from sdxl_ref.pictures import watermark
+
+    return watermark
+
+
+def _documented(call: Callable[..., PipelineOutput], request_type: type[Request]) -> Callable[..., PipelineOutput]:
+    """`call` with the fields of a request in its signature and its docstring."""
+
+    @functools.wraps(call)
+    def documented(self: Any, prompt: Prompt, **arguments: Any) -> PipelineOutput:
+        return call(self, prompt, **arguments)
+
+    itself, prompt, *others = inspect.signature(call).parameters.values()
+    parameters = []
+    lines = []
+    for field in fields(request_type):
+        if field.name == prompt.name:
+            continue
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=field.type))
+        lines.append(f"{field.name} = {default!r}: {field.metadata['meaning']}")
+    own = [other for other in others if other.kind is inspect.Parameter.KEYWORD_ONLY]
+    documented.__signature__ = inspect.Signature([itself, prompt, *parameters, *own])  # type: ignore[attr-defined]
+    documented.__doc__ = "\n".join([inspect.getdoc(call) or "", "", *lines])
+    return documented

@@ -1,0 +1,101 @@
+"""The arguments of a run, with the ecosystem's names and defaults, each with its meaning beside it.
+
+A pipeline's call and its help take names, defaults and meanings from here, and the command line most of its options.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sdxl_ref.config import InputError, unknown
+from sdxl_ref.diffusion.samplers import SAMPLERS
+from sdxl_ref.noise import Generator
+
+Size = tuple[int, int]  # height, width
+Prompt = str | Sequence[str]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SAMPLER_OPTIONS = ("eta", "s_noise", "s_churn", "s_tmin", "s_tmax")
+
+
+def option(meaning: str, default: Any = MISSING) -> Any:
+    """A field of a request with its meaning."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What every pipeline takes. Sizes are (height, width)."""
+
+    prompt: Prompt = option("what the pictures show: one text, or one for each")
+    prompt_2: Prompt | None = option("base only: for the second text encoder; None: the prompt", None)
+    negative_prompt: Prompt | None = option("what to steer away from; None: '' on a refiner, zeros on a base", None)
+    negative_prompt_2: Prompt | None = option("base only: for the second text encoder; None: negative_prompt", None)
+    num_inference_steps: int = option("steps of the whole schedule, 1 to 1000", 50)
+    guidance_scale: float = option("how far to go from the negative side; 1 or less: no guidance", 5.0)
+    guidance_rescale: float = option("0 to 1: pull the spread back to the positive side's", 0.0)
+    generator: Generator | None = option("a torch.Generator, or one for each picture; None: seeded by the system", None)
+    latents: Tensor | None = option("(b,4,h,w), what the run starts from: see the pipeline", None)
+    num_images_per_prompt: int = option("pictures for each prompt", 1)
+    original_size: Size | None = option("the original size given to the UNet; None: the picture's own", None)
+    crops_coords_top_left: Size = option("the top left corner of the crop, given to the UNet", (0, 0))
+    negative_original_size: Size | None = option("the negative side's; None: original_size", None)
+    negative_crops_coords_top_left: Size | None = option("the negative side's; None: see `Pipeline.sizes`", None)
+    target_size: Size | None = option("base only: the bucket's size; None: the picture's own", None)
+    negative_target_size: Size | None = option("base only: the negative side's; None: target_size", None)
+    aesthetic_score: float | None = option("refiner only: of the picture wanted, about 1 to 10; None: 6.0", None)
+    negative_aesthetic_score: float | None = option("refiner only: of the picture to avoid; None: 2.5", None)
+    sampler: str = option("the name of a sampler, a key of SAMPLERS", "euler")
+    spacing: str = option("of the steps: leading, trailing, linspace or sgm", "leading")
+    karras: bool = option("Karras' sigmas between the ends of the spacing", False)
+    eta: float | None = option("share of fresh noise of a sampler that draws it; None: the sampler's own", None)
+    s_noise: float | None = option("factor on a sampler's fresh noise; None: 1", None)
+    s_churn: float | None = option("Karras' churn, of euler and heun; None: 0", None)
+    s_tmin: float | None = option("churn from this sigma upwards; None: 0", None)
+    s_tmax: float | None = option("churn up to this sigma; None: no limit", None)
+    output_type: str = option('"pil", "np" (b,H,W,3), "pt" (b,3,H,W), or "latent" (b,4,h,w)', "pil")
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InputError(unknown("sampler", self.sampler, SAMPLERS))
+        if self.output_type not in OUTPUT_TYPES:
+            raise InputError(unknown("output_type", self.output_type, OUTPUT_TYPES))
+        for name in (
+            "guidance_scale",
+            "aesthetic_score",
+            "negative_aesthetic_score",
+            "eta",
+            "s_noise",
+            "s_churn",
+            "s_tmin",
+        ):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise InputError(f"{name} must be a finite number, found {getattr(self, name)}")
+        if self.prompts < 1:
+            raise InputError("expected a prompt, or one for each picture, found none")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise InputError(f"guidance_rescale must be from 0 to 1, found {self.guidance_rescale}")
+        if self.num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt must be at least 1, found {self.num_images_per_prompt}")
+        usable = inspect.signature(SAMPLERS[self.sampler]).parameters
+        for name in self.sampler_options():
+            if name not in usable:
+                raise InputError(f"{name} is of no use to the sampler {self.sampler}: leave it out")
+
+    def sampler_options(self) -> dict[str, float]:
+        """The options of the sampler that are not its own defaults."""
+        options = {name: getattr(self, name) for name in SAMPLER_OPTIONS}
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative side runs."""
+        return self.guidance_scale > 1
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return 1 if isinstance(self.prompt, str) else len(self.prompt)

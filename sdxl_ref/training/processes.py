@@ -1,0 +1,105 @@
+"""Several processes on one run (`torchrun`): who leads, what the first one does alone, and averaged gradients."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sdxl_ref.config import InputError
+from sdxl_ref.training.state import locked
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+PATIENCE = timedelta(hours=12)  # of a process for another one, which may be encoding a large data set
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which of the run's processes this is."""
+
+    rank: int
+    count: int  # how many there are
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first one, which writes and reports."""
+        return self.rank == 0
+
+
+def this_process() -> Process:
+    """Alone, it is the first of one."""
+    if distributed.is_initialized():
+        return Process(distributed.get_rank(), distributed.get_world_size())
+    return Process(0, 1)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the other processes that torchrun started, if it did; yields the device of this one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield device
+        return
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise InputError(f"expected torchrun's variables, found no {', '.join(missing)}: use it, or unset WORLD_SIZE")
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "nccl"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended."""
+    return isinstance(error, ConnectionError | distributed.DistError) or "gloo" in str(error)
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process does what follows while the others wait; then they do. Where it fails, they end."""
+    process = this_process()
+    has_succeeded = [False]
+    if not process.leads:
+        distributed.broadcast_object_list(has_succeeded)
+        if not has_succeeded[0]:
+            raise InputError("the first process failed")
+    try:
+        yield
+        has_succeeded = [True]
+    finally:
+        if process.leads and process.count > 1:
+            distributed.broadcast_object_list(has_succeeded)
+
+
+@contextmanager
+def locked_for_all(folder: Path) -> Iterator[None]:
+    """No other run works in a folder meanwhile: the first process holds the lock. InputError where one does."""
+    with ExitStack() as locks:
+        with first_alone():
+            if this_process().leads:
+                locks.enter_context(locked(folder))
+        yield
+
+
+def replicate(loss: nn.Module, some_unused: bool) -> DistributedDataParallel | None:
+    """The wrapper of a loss that averages gradients over the processes; None where there is only one."""
+    if not distributed.is_initialized():
+        return None
+    return DistributedDataParallel(loss, find_unused_parameters=some_unused)
+
+
+def report(*lines: str) -> None:
+    """Print lines, from the first process alone."""
+    if this_process().leads:
+        for line in lines:
+            print(line, flush=True)

@@ -1,0 +1,103 @@
+"""The folder of a run: the lock on it, the state that a run resumes from, and the log."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sdxl_ref.config import InputError
+from sdxl_ref.weights.saving import replacing
+from sdxl_ref.weights.tensor_files import read_metadata
+
+if sys.platform != "win32":
+    import fcntl
+
+STATE = "state.safetensors"
+LOG = "log.csv"
+COLUMNS = ["step", "loss", "gradient_norm", "learning_rate", "seconds"]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else works in a folder meanwhile; InputError where a run does. It ends with the process, however it ends.
+
+    A file system without locks (and Windows) is trusted.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"could not write to the folder {folder}: {error.strerror}") from error
+    with file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                remedy = "wait for its end, or use another folder"
+                raise InputError(f"another run is at work in {folder}: {remedy}") from error
+            except OSError:
+                pass
+        yield
+
+
+def check_same(folder: Path, identity: Mapping[str, object], partly: bool = False) -> dict[str, str]:
+    """The metadata of the state in a folder, empty if there is no state; InputError where it is of another run.
+
+    `partly`: only the keys of `identity` are compared, because more of it is not known yet.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return {}
+    try:
+        metadata = read_metadata(path)
+        saved = dict(json.loads(metadata["identity"]))
+        int(metadata["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        remedy = "delete it to start over, or use another folder"
+        raise InputError(f"{path} is no state of a run, or a damaged one ({error}): {remedy}") from error
+    current = json.loads(json.dumps(identity))
+    keys = current if partly else current | saved
+    for key in keys:
+        if saved.get(key) != current.get(key):
+            name, saved_value, current_value = first_difference(key, saved.get(key), current.get(key))
+            remedy = "go on with the same, or use another folder"
+            raise InputError(
+                f"{folder} holds a run with another {name} ({saved_value}), expected {current_value}: {remedy}"
+            )
+    return metadata
+
+
+def first_difference(name: str, saved: Any, current: Any) -> tuple[str, Any, Any]:
+    """The name and the two values of what differs: of the first entry, where both values are mappings."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in current:
+            if saved.get(key) != current[key]:
+                return f"{name}: {key}", saved.get(key), current[key]
+    return name, saved, current
+
+
+def truncate_log(folder: Path, step: int) -> None:
+    """Keep the log's rows up to the step of the state: later ones are computed again. InputError for another table."""
+    path = folder / LOG
+    rows = read_rows(path)
+    if rows and rows[0] != COLUMNS:
+        expected = f"expected a log of a run, whose first line is {','.join(COLUMNS)}"
+        raise InputError(f"{expected}, found {','.join(rows[0])[:60]!r} in {path}: move it, or use another folder")
+    done = [row for row in rows if row and row[0].isdecimal() and int(row[0]) <= step]
+    if rows != [COLUMNS, *done]:
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *done])
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """The rows of a table, none if there is no file. InputError where it cannot be read."""
+    if not path.exists():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return list(csv.reader(text.splitlines()))
+    except (OSError, csv.Error) as error:
+        raise InputError(f"could not read the log of the run, {path} ({error}): move it away") from error

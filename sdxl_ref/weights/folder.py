@@ -1,0 +1,172 @@
+"""Open a folder in diffusers' layout: one subfolder a part, with its configuration and its weights, sharded or not.
+
+Names and shapes are translated by `sdxl_ref.weights.layouts` as tensors are read; nothing is converted beforehand.
+Source: `DiffusionPipeline.from_pretrained` in diffusers, `PreTrainedModel.from_pretrained` in transformers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sdxl_ref.config import InputError
+from sdxl_ref.weights.checkpoint import EXTRAS, Checkpoint, check, prefixes
+from sdxl_ref.weights.folder_config import model_config, read_json
+from sdxl_ref.weights.layouts import Rule, part_rules
+from sdxl_ref.weights.tensor_files import PICKLES, Header, open_tensors, read_headers, read_metadata, sha256_of
+
+EXTRAS_FILE = "official_extras.safetensors"  # what an official file holds and this layout has no place for
+STEMS = ("diffusion_pytorch_model", "model")
+
+
+class Stored(NamedTuple):
+    """Where a tensor of the folder lies, under which name, and what its header says."""
+
+    path: Path
+    name: str
+    header: Header
+
+
+class Source(NamedTuple):
+    """The tensors that make an official one, and the rule that does; None: the one tensor as it is."""
+
+    rule: Rule | None
+    tensors: list[Stored]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the official tensor."""
+        shapes = [stored.header.shape for stored in self.tensors]
+        first = shapes[0]
+        if self.rule is not None and self.rule.kind == "transpose":
+            return first[::-1]
+        if self.rule is not None and self.rule.kind == "pointwise":
+            return (*first, 1, 1) if len(first) == 2 else first
+        return (sum(shape[0] for shape in shapes), *first[1:]) if len(shapes) > 1 else first
+
+
+@dataclass(frozen=True)
+class Folder(Checkpoint):
+    """A checkpoint whose tensors lie in several files, under other names; `sources` has those of each official key."""
+
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function that reads a tensor by its official key; files stay mapped until the context ends."""
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+
+            def read(key: str) -> Tensor:
+                rule, stored = self.sources[key]
+                tensors = []
+                for path, name, _ in stored:
+                    if path not in files:
+                        files[path] = stack.enter_context(open_tensors(path))
+                    tensors.append(files[path].get_tensor(name))
+                return tensors[0] if rule is None else rule.join(tensors).contiguous()
+
+            yield read
+
+    def files(self, prefix: str = "") -> list[Path]:
+        """The files that hold the official keys with a prefix, in the order of their names."""
+        return sorted(
+            {stored.path for key, source in self.sources.items() if key.startswith(prefix) for stored in source.tensors}
+        )
+
+    def sha256(self) -> str:
+        """Of all the files of weights, one behind the other in the order of their names."""
+        return sha256_of(*self.files())
+
+
+def open_folder(folder: Path, variant: str | None = None) -> Folder:
+    """Open a folder with a `model_index.json`. `variant` picks files such as `model.fp16.safetensors`.
+
+    InputError for another architecture, missing or damaged files, an index that points elsewhere, and as
+    `open_checkpoint` raises it.
+    """
+    config = model_config(folder)
+    sources: dict[str, Source] = {}
+    unexpected: dict[str, tuple[int, ...]] = {}
+    for part, prefix in prefixes(config).items():
+        _, rules = part_rules(part, config)
+        stored = part_tensors(folder / part, variant)
+        for rule in rules:
+            tensors = [stored.pop(name_in_file(name, stored), None) for name in rule.other]
+            if tensors and None not in tensors:
+                sources[prefix + rule.official] = Source(rule, [tensor for tensor in tensors if tensor is not None])
+        unexpected |= {f"{part}/{name}": () for name in stored if not name.endswith("position_ids")}
+    sources |= official_extras(folder / EXTRAS_FILE, prefixes(config)["text_encoder_2"] + "logit_scale")
+    shapes = {key: source.shape for key, source in sources.items()}
+    check(config, shapes | unexpected, folder)
+    metadata = read_metadata(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).exists() else {}
+    return Folder(folder, config, shapes, metadata, "", sources)
+
+
+def official_extras(path: Path, logit_scale: str) -> dict[str, Source]:
+    """What our own conversion kept of an official file beside the parts; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    extras = {}
+    for name, header in read_headers(path).items():
+        if name != logit_scale and not EXTRAS.fullmatch(name):
+            raise InputError(f"{path} holds {name}, expected what the parts have no place for: delete the file")
+        extras[name] = Source(None, [Stored(path, name, header)])
+    return extras
+
+
+def name_in_file(name: str, names: Mapping[str, Any]) -> str:
+    """`CLIPTextModel` is written without `text_model.` since transformers 5, and with it before."""
+    return name if name in names else name.removeprefix("text_model.")
+
+
+def part_tensors(folder: Path, variant: str | None) -> dict[str, Stored]:
+    """Every tensor of a part by the name that it has there."""
+    middle = f".{variant}" if variant else ""
+    single = [folder / f"{stem}{middle}.safetensors" for stem in STEMS]
+    indices = [folder / f"{stem}.safetensors.index{middle}.json" for stem in STEMS]
+    files = [path for path in (*single, *indices) if path.is_file()]
+    if len(files) != 1:
+        raise InputError(_no_single_file(folder, variant, files))
+    if files[0].suffix == ".safetensors":
+        return stored_in(files[0])
+    return sharded(files[0])
+
+
+def _no_single_file(folder: Path, variant: str | None, files: list[Path]) -> str:
+    wanted = f"weights of variant {variant!r}" if variant else "weights"
+    if files:
+        return f"expected one file of {wanted} in {folder}, found {', '.join(path.name for path in files)}: remove one"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    variants = sorted({name.split(".")[1] for name in names if name.endswith(".safetensors") and name.count(".") > 1})
+    hint = "complete the folder"
+    if variants and not variant:
+        hint = f"there is the variant {variants[0].split('-')[0]!r}: name it"
+    if any(name.endswith(PICKLES) for name in names):
+        hint = "pickles are not opened: get the safetensors files"
+    return f"expected {wanted} as safetensors in {folder}, found {', '.join(names[:4]) or 'nothing'}: {hint}"
+
+
+def sharded(index: Path) -> dict[str, Stored]:
+    """The tensors of an index, each in the shard that it names, which has to lie beside it."""
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise InputError(f"{index}: expected a weight_map from tensors to shards, found none")
+    tensors: dict[str, Stored] = {}
+    for shard in sorted(set(map(str, shard_of.values()))):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise InputError(f"{index} names the shard {shard!r}: expected a safetensors file in the same folder")
+        if not (index.parent / shard).is_file():
+            raise InputError(f"{index} names the shard {shard}, which is not there: complete the folder")
+        tensors |= stored_in(index.parent / shard)
+    absent = [name for name in shard_of if name not in tensors or tensors[name].path.name != shard_of[name]]
+    if absent:
+        raise InputError(f"{index} names {len(absent)} tensors that its shards do not hold: {', '.join(absent[:3])}")
+    return tensors
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    return {name: Stored(path, name, header) for name, header in read_headers(path).items()}

@@ -1,0 +1,252 @@
+"""The frame of the command line: commands, help, misspellings, streams, statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from command_line import Refine, assert_one_line, process, settings, texts
+
+from sdxl_ref import __version__, cli
+from sdxl_ref.cli import main, summaries
+from sdxl_ref.pipelines import ImageToImagePipeline
+
+COMMANDS = ["demo", "evaluate", "fetch", "generate", "info", "refine", "train"]
+
+# --- commands and their help --------------------------------------------------------------------------------------
+
+
+def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--help"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = help_of([], capsys)
+    found = summaries()
+    assert sorted(found) == COMMANDS
+    for name, summary in found.items():
+        assert f"    {name} " in shown
+        assert " ".join(summary.split()) in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = help_of([command], capsys)
+    assert shown.startswith(f"usage: sdxl-ref {command} ")
+    assert summaries()[command].split()[0] in shown
+
+
+def test_a_new_file_in_the_folder_is_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the first line of its docstring; a module without such a line is none. Nothing is imported for the help."""
+    folder = tmp_path / "commands"
+    shutil.copytree(cli.COMMANDS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "sing.py").write_text('"""`sdxl-ref sing`: a song for a picture."""\n\nraise AssertionError\n')
+    (folder / "helper.py").write_text('"""What the singing needs."""\n')
+    monkeypatch.setattr("sdxl_ref.cli.COMMANDS", folder)
+    shown = help_of([], capsys)
+    [line] = [line for line in shown.splitlines() if line.split()[:1] == ["sing"]]
+    assert line.endswith("a song for a picture")
+    assert "helper" not in shown
+    assert all(f"    {command} " in shown for command in COMMANDS)
+
+
+HELP = """
+import sys
+from sdxl_ref.cli import main
+try:
+    main(["--help"])
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+def test_the_help_comes_at_once_and_imports_no_torch() -> None:
+    began = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == "False"
+    assert seconds < 2  # torch alone takes longer; 0.2 s where nothing else runs
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"sdxl-ref {__version__}\n"
+
+
+# --- wrong usage --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see sdxl-ref --help)"),
+        (
+            ["refine"],
+            "the following arguments are required: image, --checkpoint, --prompt (see sdxl-ref refine --help)",
+        ),
+        (["info"], "the following arguments are required: MODEL (see sdxl-ref info --help)"),
+        (["info", "none.safetensors"], "no such checkpoint: none.safetensors"),
+        (["info", "a", "b"], "unrecognized arguments: b (see sdxl-ref info --help)"),
+    ],
+    ids=str,
+)
+def test_wrong_usage(words: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["refin", "a.png"], "invalid choice: 'refin' "),
+        (["refin", "a.png"], "did you mean 'refine'?"),
+        (["info", "a", "--chek"], "unrecognized arguments: --chek: did you mean '--check'? (see sdxl-ref info --help)"),
+        (["refine", "a.png", "--checkpoint", "b", "--prompt", "c", "--guidence-scale", "2"], "'--guidance-scale'?"),
+        (["refine", "a.png", "--checkpoint", "b", "--prompt", "c", "--dtype", "float23"], "did you mean 'float32'?"),
+        (["fetch", "refinr"], "did you mean 'refiner'?"),
+    ],
+    ids=str,
+)
+def test_a_misspelt_word_is_answered_with_the_nearest(
+    words: list[str], hint: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert_one_line(capsys.readouterr().err, hint)
+
+
+@pytest.mark.parametrize(("sampler", "near"), [("eular", "euler"), ("dpmpp2m", "dpmpp_2m"), ("unpic", "unipc")])
+def test_a_misspelt_sampler_is_answered_with_the_nearest(
+    sampler: str, near: str, refine: Refine, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refine(sampler=sampler) == 2
+    assert_one_line(
+        capsys.readouterr().err, f"unknown sampler '{sampler}': did you mean '{near}'? expected one of euler"
+    )
+
+
+# --- stopped, warned ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["sdxl_ref.pipelines.ImageToImagePipeline.decode", "sdxl_ref.cli.import_module"])
+def test_stopped_from_the_keyboard(
+    where: str, refine: Refine, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of the work, or while the libraries are still coming."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words = refine.words()
+    if where.endswith("decode"):
+        monkeypatch.setattr(ImageToImagePipeline, "decode", interrupt)
+    else:
+        monkeypatch.setattr(where, interrupt)
+    assert main(words) == 1
+    assert capsys.readouterr().err == "sdxl-ref: stopped\n"
+    assert os.listdir(here) == []
+
+
+def test_warnings_are_lines_on_standard_error(refine: Refine, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refine(prompt=" ".join(["cat"] * 75) + " on a purple mat") == 0
+    message = "warning: the prompt is longer than 77 tokens; cut: 'on a purple mat'\n"
+    assert capsys.readouterr().err == message
+
+
+# --- as a process -------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_succeeds(refine: Refine, here: Path) -> None:
+    """With a prompt of bytes that are no UTF-8, as a shell may hand over."""
+    words = [os.fsencode(word) for word in refine.words(out="out.png", prompt="PROMPT")]
+    result = process([b"caf\xe9" if word == b"PROMPT" else word for word in words])
+    assert (result.returncode, result.stderr) == (0, "")
+    assert texts(here / "out.png")["parameters"].startswith("caf?\n")
+    assert settings(here / "out.png")["prompt"] == b"caf\xe9".decode("utf-8", "surrogateescape")
+
+
+def test_a_process_that_fails() -> None:
+    result = process(["banana"])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_one_line(result.stderr, "invalid choice: 'banana'")
+
+
+FULL = "sdxl-ref: error: [Errno 28] No space left on device\n"
+STREAMS = [("> /dev/full", 1, FULL), ("| head -0", 1, ""), (">&-", 0, ""), ("2>&-", 0, "")]
+PRINTS = """
+import sys, time
+from sdxl_ref.cli import run
+def work():
+    time.sleep(0.1)  # who reads has gone by then
+    print("a line")
+    if "fail" in sys.argv:
+        raise OSError("the disk is gone")
+    return 0
+sys.exit(run("sdxl-ref", work))
+"""
+
+
+def redirected(command: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
+    line = f'set -o pipefail; "$@" {redirection}'
+    return subprocess.run(["bash", "-c", line, "bash", *command], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("redirection", "status", "error"), STREAMS)
+def test_streams_that_are_full_or_closed(redirection: str, status: int, error: str) -> None:
+    """What cannot be written is told, but for a reader who has gone; a closed stream is nobody's mistake."""
+    result = redirected([sys.executable, "-c", PRINTS], redirection)
+    assert (result.returncode, result.stderr) == (status, error)
+
+
+@pytest.mark.parametrize("redirection", ["", ">&-"])
+def test_a_system_that_fails_is_told_in_one_line(redirection: str) -> None:
+    result = redirected([sys.executable, "-c", PRINTS, "fail"], redirection)
+    assert (result.returncode, result.stderr) == (1, "sdxl-ref: error: the disk is gone\n")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "error"),
+    [STREAMS[0], *(pytest.param(*case, marks=pytest.mark.sweep) for case in STREAMS[1:])],
+)
+def test_a_command_whose_streams_are_full_or_closed(
+    redirection: str, status: int, error: str, refine: Refine, here: Path
+) -> None:
+    """No picture is left where the work was not told of to the end."""
+    result = redirected([sys.executable, "-m", "sdxl_ref", *refine.words(out="out.png")], redirection)
+    assert (result.returncode, result.stderr) == (status, error)
+    assert os.listdir(here) == (["out.png"] if status == 0 else [])
+
+
+@pytest.mark.sweep  # in this process: test_calling.py
+def test_a_progress_bar_on_a_terminal_with_the_true_number_of_steps(refine: Refine, here: Path) -> None:
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    command = [sys.executable, "-m", "sdxl_ref", *refine.words(steps=10, strength=0.35)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=end)
+    os.close(end)
+    shown = ""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while block := os.read(terminal, 4096):
+            shown += block.decode()
+    os.close(terminal)
+    assert result.returncode == 0
+    assert "3/3" in shown
+    assert "step" in shown
+    assert "step" not in result.stdout.decode().replace("3 of 10 steps", "")

@@ -1,0 +1,36 @@
+"""README's commands as they stand, pasted one after the other into a fresh shell on a fresh clone (make test-readme).
+
+Blocks marked `sh` run as they are. Those marked `shell` need the official files: small models of seeded weights stand
+in for these under their names, and what makes new pictures gets a small size; the download itself is left out.
+"""
+
+from __future__ import annotations
+
+from clone import blocks, fresh_clone, paste
+
+STAND_INS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, 'tests')
+import stand_ins
+stand_ins.write(Path('.'))
+"""
+SMALL = {"sdxl-ref generate": " --height 64 --width 64", "sdxl-ref train": " --steps 2"}
+
+
+def main() -> None:
+    lines = blocks("sh")
+    assert lines[0].startswith("make demo"), "README begins with make demo"
+    lines += [f"python - <<'END'{STAND_INS}END"]
+    for line in blocks("shell"):
+        if not line.startswith("sdxl-ref fetch"):
+            command = line.partition(" #")[0]
+            sizes = next((size for start, size in SMALL.items() if line.startswith(start)), "")
+            lines.append(command.rstrip() + sizes)
+    with fresh_clone() as clone:
+        paste(lines, clone)
+    print(f"{len(lines)} lines of README.md ran")
+
+
+if __name__ == "__main__":
+    main()

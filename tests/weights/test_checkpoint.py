@@ -1,0 +1,222 @@
+"""Checkpoints loaded: bit-equal round trips, dtypes, `logit_scale`, hashes, and one copy in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import (
+    CONFIGS,
+    LOGIT_SCALE,
+    OPENCLIP,
+    REFINER,
+    error_of,
+    kinds,
+    listed_shapes,
+    metadata,
+    parts_of,
+    released,
+    sparse_file,
+    write,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdxl_ref.config import REFINER_1_0, InputError
+from sdxl_ref.pipelines import ImageToImagePipeline
+from sdxl_ref.weights.checkpoint import KNOWN_FILES, build_empty
+from sdxl_ref.weights.checkpoint_saving import save_checkpoint
+from sdxl_ref.weights.opening import open_checkpoint
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_saved_comes_back_bit_by_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = CONFIGS[kind]
+    path = tmp_path / "a.safetensors"
+    parts = parts_of(config)
+    save_checkpoint(path, config, parts, dtype)
+    found = open_checkpoint(path)
+    assert found.config == config
+    assert found.note == ""
+    for part, network in parts.items():
+        saved = network.state_dict()
+        loaded = found.load(part, dtype)
+        assert not loaded.training
+        assert not any(p.requires_grad or p.is_meta for p in loaded.parameters())
+        assert list(loaded.state_dict()) == list(saved)
+        for key, tensor in loaded.state_dict().items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, saved[key].to(dtype)), key
+
+
+def test_the_keys_in_a_file_are_the_official_ones(files: dict[str, Path], state: dict[str, Tensor]) -> None:
+    parts = parts_of(REFINER)
+    for prefix, part in (
+        ("model.diffusion_model.", "unet"),
+        ("first_stage_model.", "vae"),
+        ("conditioner.embedders.0.model.", "text_encoder_2"),
+    ):
+        assert {key for key in state if key.startswith(prefix)} == {prefix + key for key in parts[part].state_dict()}
+    base = open_checkpoint(files["base"]).shapes
+    assert "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight" in base
+    assert "conditioner.embedders.1.model.ln_final.weight" in base
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_loading_casts(files: dict[str, Path], state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    vae = open_checkpoint(files["refiner"]).load("vae", dtype)
+    for key, tensor in vae.state_dict().items():
+        assert torch.equal(tensor, state["first_stage_model." + key].to(dtype))
+
+
+def test_a_loaded_part_runs(files: dict[str, Path]) -> None:
+    """On the same input, to the same bits as the network that was saved."""
+    z = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+    saved: Any = parts_of(REFINER)["vae"].eval()
+    loaded: Any = open_checkpoint(files["refiner"]).load("vae")
+    with torch.no_grad():
+        assert torch.equal(loaded.decode(z), saved.decode(z))
+
+
+def test_an_empty_build_takes_no_memory_and_no_randomness() -> None:
+    before = torch.get_rng_state()
+    network = build_empty("unet", REFINER_1_0)
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@kinds
+def test_a_missing_logit_scale_is_the_logarithm_of_100(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
+    state = load_file(files[kind])
+    del state[LOGIT_SCALE[kind]]
+    for name, texts in (("with.safetensors", metadata(CONFIGS[kind])), ("without.safetensors", None)):
+        found = open_checkpoint(write(tmp_path / name, state, texts))
+        scale = found.load("text_encoder_2").state_dict()["logit_scale"]
+        assert scale.item() == pytest.approx(math.log(100))
+        assert found.load("text_encoder_2", torch.float16).state_dict()["logit_scale"].dtype == torch.float16
+
+
+def test_a_logit_scale_in_the_file_is_taken(state: dict[str, Tensor], tmp_path: Path) -> None:
+    state[LOGIT_SCALE["refiner"]] = torch.tensor(1.25)
+    found = open_checkpoint(write(tmp_path / "a.safetensors", state, metadata()))
+    assert found.load("text_encoder_2").state_dict()["logit_scale"] == 1.25
+
+
+# --- hashes -------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_of_a_file_and_of_its_vae(files: dict[str, Path], state: dict[str, Tensor]) -> None:
+    found = open_checkpoint(files["refiner"])
+    assert found.sha256() == hashlib.sha256(files["refiner"].read_bytes()).hexdigest()
+    vae = [state[key].numpy().tobytes() for key in sorted(state) if key.startswith("first_stage_model.")]
+    tensors = hashlib.sha256(b"".join(vae)).hexdigest()
+    assert found.vae_name("") == found.vae_name("0" * 64) == f"unknown, tensors sha256 {tensors}"
+    names = {file: found.vae_name(digest) for digest, (file, _) in KNOWN_FILES.items()}
+    assert names == {
+        "sd_xl_refiner_1.0": f"1.0, tensors sha256 {tensors}",
+        "sd_xl_refiner_1.0_0.9vae": f"0.9, tensors sha256 {tensors}",
+        "sd_xl_base_1.0": f"1.0, tensors sha256 {tensors}",
+        "sd_xl_base_1.0_0.9vae": f"0.9, tensors sha256 {tensors}",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "is_vae"), [("model.diffusion_model.out.2.bias", False), ("first_stage_model.decoder.conv_out.bias", True)]
+)
+def test_the_vaes_hash_is_of_its_tensors_alone(
+    key: str, is_vae: bool, files: dict[str, Path], state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    state[key] += 1
+    changed = open_checkpoint(write(tmp_path / "a.safetensors", state, metadata()))
+    assert (changed.vae_name("") != open_checkpoint(files["refiner"]).vae_name("")) is is_vae
+
+
+# --- the wrong kind -----------------------------------------------------------------------------------------------
+
+
+def test_a_base_is_no_refiner(tmp_path: Path, files: dict[str, Path]) -> None:
+    for path in (sparse_file(tmp_path / "a.safetensors", listed_shapes("base")), files["base"]):
+        with pytest.raises(InputError, match=r"expected a refiner .*found an SDXL base"):
+            ImageToImagePipeline.from_pretrained(path)
+
+
+@released
+def test_a_file_of_full_size_with_one_key_less(kind: str, tmp_path: Path) -> None:
+    shapes = listed_shapes(kind)
+    key = "model.diffusion_model.middle_block.1.transformer_blocks.3.attn2.to_k.weight"
+    del shapes[key]
+    line = error_of(sparse_file(tmp_path / "a.safetensors", shapes))
+    assert line.endswith(f"looks like an SDXL {kind}, but its tensors do not fit: 1 missing: {key}")
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, threading, time, torch
+from sdxl_ref.weights.checkpoint import prefixes
+from sdxl_ref.weights.opening import open_checkpoint
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+peak, running = 0, True
+def watch():
+    global peak
+    while running:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+open_checkpoint(sys.argv[1]).load("vae")  # what loads once and stays: libraries, allocator
+before = peak = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+found = open_checkpoint(sys.argv[2])
+parts = [found.load(part, getattr(torch, sys.argv[3])) for part in prefixes(found.config)]
+running = False
+thread.join()
+weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+assert all(str(p.dtype) == "torch." + sys.argv[3] for part in parts for p in part.parameters())
+print(max(peak, anonymous()) - before, weights)
+"""
+COPY = 1.1  # of the weights: one copy, and what is cast at the moment
+MAPPED = 0.2  # of the weights: they stay in the file, and the system's cache counts as nobody's memory
+
+
+@pytest.fixture(scope="module")
+def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 210 MB in float16."""
+    config = replace(
+        REFINER,
+        unet=replace(REFINER.unet, model_channels=192, num_res_blocks=1, context_dim=512),
+        text_encoders=(replace(OPENCLIP, width=512, heads=8, vocab_size=20_000),),
+    )
+    path = tmp_path_factory.mktemp("large") / "a.safetensors"
+    save_checkpoint(path, config, parts_of(config), torch.float16)
+    assert 150e6 < path.stat().st_size < 300e6
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+@pytest.mark.parametrize(
+    ("dtype", "copies"),
+    [("float16", MAPPED), ("float32", COPY), pytest.param("bfloat16", COPY, marks=pytest.mark.sweep)],
+)
+def test_loading_takes_one_copy_of_the_weights_at_most(
+    dtype: str, copies: float, files: dict[str, Path], large_file: Path
+) -> None:
+    """Anonymous memory at its peak; in the file's own dtype the weights stay mapped from the file."""
+    command = [sys.executable, "-c", MEASURE, str(files["refiner"]), str(large_file), dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown, weights = map(int, result.stdout.split())
+    assert weights == pytest.approx(large_file.stat().st_size * (2 if dtype == "float32" else 1), rel=0.01)
+    assert grown <= copies * weights
+    assert grown >= (0.9 if copies > 1 else 0) * weights  # the measure sees the copy
