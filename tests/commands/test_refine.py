@@ -155,6 +155,14 @@ def test_a_prompt_over_77_tokens_is_cut(refine: Refine, here: Path, capsys: pyte
     assert np.array_equal(pixels(here / "a.png"), pixels(here / "b.png"))
 
 
+def test_a_prompt_of_bytes_that_are_no_utf_8(refine: Refine, here: Path) -> None:
+    """As a shell may hand over, and Python does as lone surrogates."""
+    prompt = os.fsdecode(b"caf\xe9")
+    assert refine(prompt=prompt, out="out.png") == 0
+    assert texts(here / "out.png")["parameters"].startswith("caf?\n")
+    assert settings(here / "out.png")["prompt"] == prompt
+
+
 # --- the picture that goes in -------------------------------------------------------------------------------------
 
 

@@ -175,17 +175,23 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.001)
 
+def measure(dtype):
+    global peak, running
+    before = peak = anonymous()
+    running = True
+    thread = threading.Thread(target=watch)
+    thread.start()
+    found = open_checkpoint(sys.argv[2])
+    parts = [found.load(part, dtype) for part in prefixes(found.config)]
+    running = False
+    thread.join()
+    assert all(p.dtype == dtype for part in parts for p in part.parameters())
+    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    return max(peak, anonymous()) - before, weights
+
 open_checkpoint(sys.argv[1]).load("vae")  # what loads once and stays: libraries, allocator
-before = peak = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-found = open_checkpoint(sys.argv[2])
-parts = [found.load(part, getattr(torch, sys.argv[3])) for part in prefixes(found.config)]
-running = False
-thread.join()
-weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-assert all(str(p.dtype) == "torch." + sys.argv[3] for part in parts for p in part.parameters())
-print(max(peak, anonymous()) - before, weights)
+for name in sys.argv[3:]:
+    print(name, *measure(getattr(torch, name)))
 """
 COPY = 1.1  # of the weights: one copy, and what is cast at the moment
 MAPPED = 0.2  # of the weights: they stay in the file, and the system's cache counts as nobody's memory
@@ -205,18 +211,22 @@ def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
-@pytest.mark.parametrize(
-    ("dtype", "copies"),
-    [("float16", MAPPED), ("float32", COPY), pytest.param("bfloat16", COPY, marks=pytest.mark.sweep)],
-)
-def test_loading_takes_one_copy_of_the_weights_at_most(
-    dtype: str, copies: float, files: dict[str, Path], large_file: Path
-) -> None:
-    """Anonymous memory at its peak; in the file's own dtype the weights stay mapped from the file."""
-    command = [sys.executable, "-c", MEASURE, str(files["refiner"]), str(large_file), dtype]
+@pytest.fixture(scope="module")
+def measured(files: dict[str, Path], large_file: Path) -> dict[str, tuple[int, int]]:
+    """By dtype: how much anonymous memory grew at its peak while all parts were loaded, and their size."""
+    command = [sys.executable, "-c", MEASURE, str(files["refiner"]), str(large_file), "float16", "float32", "bfloat16"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    grown, weights = map(int, result.stdout.split())
+    lines = [line.split() for line in result.stdout.splitlines()]
+    return {dtype: (int(grown), int(weights)) for dtype, grown, weights in lines}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+@pytest.mark.parametrize(("dtype", "copies"), [("float16", MAPPED), ("float32", COPY), ("bfloat16", COPY)])
+def test_loading_takes_one_copy_of_the_weights_at_most(
+    dtype: str, copies: float, measured: dict[str, tuple[int, int]], large_file: Path
+) -> None:
+    """In the file's own dtype the weights stay mapped from the file."""
+    grown, weights = measured[dtype]
     assert weights == pytest.approx(large_file.stat().st_size * (2 if dtype == "float32" else 1), rel=0.01)
     assert grown <= copies * weights
     assert grown >= (0.9 if copies > 1 else 0) * weights  # the measure sees the copy
