@@ -1,7 +1,7 @@
 """Parts that come in files of their own: an autoencoder, or open_clip's bigG text tower."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -47,7 +47,7 @@ def openclip_sources(path: Path, config: ModelConfig) -> dict[str, Source]:
     return sources(file, prefixes(config)["text_encoder_2"], state, rules)
 
 
-def sources(file: Path, prefix: str, state: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Source]:
+def sources(file: Path, prefix: str, state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Source]:
     """The tensors that these rules make of those in a file, by official key. InputError where one does not fit."""
     stored = stored_in(file)
     fitting = {}

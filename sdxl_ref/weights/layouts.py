@@ -5,8 +5,10 @@ the VAE and transformers' for the text towers. open_clip's own names for the big
 This is the only table of names in the project.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -66,11 +68,12 @@ def rules(part: Part, keys: Iterable[str], config: UNetConfig | VAEConfig | None
     return [Rule(key, (name(key),)) for key in keys]
 
 
-def part_rules(part: str, config: ModelConfig) -> tuple[dict[str, Tensor], list[Rule]]:
+@lru_cache(maxsize=16)
+def part_rules(part: str, config: ModelConfig) -> tuple[Mapping[str, Tensor], Sequence[Rule]]:
     """The state of a part by official name, on the meta device, and the rule of each of its tensors."""
     network = build_empty(part, config)
     state = network.state_dict()
-    return state, rules(PARTS[part], state, getattr(network, "config", None))
+    return MappingProxyType(state), tuple(rules(PARTS[part], state, getattr(network, "config", None)))
 
 
 def to_other(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -92,7 +92,6 @@ def test_an_unknown_name_is_a_key_error(name: Any) -> None:
 
 NAMES_ONLY = """
 import sys
-from sdxl_ref.diffusion import solvers
 from sdxl_ref.diffusion.samplers import SAMPLERS
 assert "lms" in SAMPLERS and len(SAMPLERS) == len(list(SAMPLERS)) and "lms" in SAMPLERS.keys()
 SAMPLERS["euler"]

@@ -22,8 +22,8 @@ SMALL: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "gui
 def write_adapter(path: Path, seed: int) -> Path:
     """An adapter for a base, in official names, on every seventh matrix of the UNet and of the second text encoder."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {part: part_rules(part, peers.SMALL_BASE)[0] for part in ("unet", "text_encoder_2")}
-    places = [(place, key) for place, key in matrices(peers.SMALL_BASE).items() if place.part in shapes]
+    shapes = {part: part_rules(part, peers.TINY_BASE)[0] for part in ("unet", "text_encoder_2")}
+    places = [(place, key) for place, key in matrices(peers.TINY_BASE).items() if place.part in shapes]
     state = {}
     for place, key in [(place, key) for place, key in places if place.count == 1 and not place.transposed][::7]:
         shape = shapes[place.part][place.key].shape
@@ -70,9 +70,9 @@ def ensemble_on_demand(base_file: Path, refiner_file: Path) -> EnsemblePipeline:
 
 
 @pytest.fixture(params=[base, base_half, ensemble, ensemble_on_demand], ids=lambda make: make.__name__)
-def pipe(request: pytest.FixtureRequest, small_base_file: Path, small_refiner_file: Path) -> Any:
+def pipe(request: pytest.FixtureRequest, tiny_base_file: Path, tiny_refiner_file: Path) -> Any:
     make: Callable[[Path, Path], Any] = request.param
-    return make(small_base_file, small_refiner_file)
+    return make(tiny_base_file, tiny_refiner_file)
 
 
 def test_a_cell_may_run_three_times(pipe: Any, style: Path) -> None:
@@ -107,15 +107,15 @@ def test_two_adapters_and_their_weights(pipe: Any, style: Path, other: Path) -> 
     assert torch.equal(paint(pipe), first)
 
 
-def test_before_and_after_offloading(small_base_file: Path, style: Path) -> None:
-    plain = TextToImagePipeline.from_pretrained(small_base_file)
+def test_before_and_after_offloading(tiny_base_file: Path, style: Path) -> None:
+    plain = TextToImagePipeline.from_pretrained(tiny_base_file)
     first = paint(plain)
     plain.load_lora_weights(style)
     with_style = paint(plain)
-    before = TextToImagePipeline.from_pretrained(small_base_file)
+    before = TextToImagePipeline.from_pretrained(tiny_base_file)
     before.load_lora_weights(style)
     before.enable_model_cpu_offload("cpu")
-    after = TextToImagePipeline.from_pretrained(small_base_file)
+    after = TextToImagePipeline.from_pretrained(tiny_base_file)
     after.enable_model_cpu_offload("cpu")
     after.load_lora_weights(style)
     for pipe in (before, after):
@@ -124,8 +124,8 @@ def test_before_and_after_offloading(small_base_file: Path, style: Path) -> None
         assert torch.equal(paint(pipe), first)
 
 
-def test_parameters_are_what_runs(small_base_file: Path, style: Path) -> None:
-    pipe = TextToImagePipeline.from_pretrained(small_base_file)
+def test_parameters_are_what_runs(tiny_base_file: Path, style: Path) -> None:
+    pipe = TextToImagePipeline.from_pretrained(tiny_base_file)
     names = [name for name, _ in pipe.unet.named_parameters()]
     before = {name: pipe.unet.get_parameter(name).clone() for name in names}
     pipe.load_lora_weights(style)
@@ -136,8 +136,8 @@ def test_parameters_are_what_runs(small_base_file: Path, style: Path) -> None:
     assert all(torch.equal(pipe.unet.get_parameter(name), before[name]) for name in names)
 
 
-def test_bad_calls(small_base_file: Path, small_refiner_file: Path, style: Path, tmp_path: Path) -> None:
-    pipe = TextToImagePipeline.from_pretrained(small_base_file)
+def test_bad_calls(tiny_base_file: Path, tiny_refiner_file: Path, style: Path, tmp_path: Path) -> None:
+    pipe = TextToImagePipeline.from_pretrained(tiny_base_file)
     with pytest.raises(InputError, match="no adapter is loaded, found 'style': load one first"):
         pipe.set_adapters(["style"])
     pipe.load_lora_weights(style)
