@@ -21,7 +21,7 @@ from sdxl_ref.noise import Generator
 from sdxl_ref.pipelines.calling import CallablePipeline
 from sdxl_ref.pipelines.request import Prompt, Request, Size
 from sdxl_ref.text.conditioning import Numbers, PromptEmbeds, conditioning_of, encode_text
-from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
+from sdxl_ref.weights.checkpoint import PARTS, Checkpoint, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self", bound="Pipeline")
 Dtype = torch.dtype | None
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 KINDS = {"refiner": "refiner (one text encoder, aesthetic score)", "base": "base (two text encoders, target size)"}
 UNUSABLE = {  # fields of a request, by kind of model
     "refiner": ("prompt_2", "negative_prompt_2", "target_size", "negative_target_size"),

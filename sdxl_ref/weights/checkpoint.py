@@ -24,6 +24,7 @@ from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
 from sdxl_ref.weights.tensor_files import open_tensors, sha256_of
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a pipeline; a refiner has no text_encoder
 CONFIG_KEY = "sdxl_ref.config"  # where a file's metadata carries the configuration of a small model
 EXTRAS = re.compile(  # what official files may carry besides the weights, and no network of ours reads
     r"denoiser\.sigmas|conditioner\.embedders\.\d+\.(model\.attn_mask|"

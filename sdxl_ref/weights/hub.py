@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.checkpoint import KNOWN_FILES
+from sdxl_ref.weights.checkpoint import KNOWN_FILES, PARTS
 from sdxl_ref.weights.folder import STEMS
 from sdxl_ref.weights.folder_config import SCHEDULER_CONFIG
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX, sha256_of
@@ -16,7 +16,6 @@ REPOSITORIES = {
     "refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0", "sd_xl_refiner_1.0.safetensors"),
     "base": ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"),
 }
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def download(repository: str, variant: str | None, **options: Any) -> Path:

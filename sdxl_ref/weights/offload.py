@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.checkpoint import Checkpoint, build_empty
-
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a pipeline
+from sdxl_ref.weights.checkpoint import PARTS, Checkpoint, build_empty
 
 
 class Offload:
