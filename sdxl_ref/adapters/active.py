@@ -44,8 +44,10 @@ class Adapters:
     def __init__(self, *pipelines: Any) -> None:
         self.pipelines = pipelines
 
-    def load(self, path: str | Path, name: str | None = None) -> list[tuple[Any, Adapter]]:
+    def load(self, path: str | Path, name: str | None = None, activate: bool = True) -> list[tuple[Any, Adapter]]:
         """Load a file and make it active at weight 1; returns the pipelines that it is on and what of it fits there.
+
+        With `activate=False` it waits for `set`, and what is active stays so.
 
         Of the two of an ensemble those get it on which the most of its layers fit: an adapter of a base stays off the
         refiner, although their second text encoder is the same, unless it has layers for that one alone. A network that
@@ -66,7 +68,7 @@ class Adapters:
                     loaded[network] = own
         if not loaded:
             raise InputError(f"{path} has layers only for a text encoder that this pipeline does not have")
-        put_on(self._with_new(name, loaded))
+        put_on(self._with_new(name, loaded, activate))
         for pipeline, adapter in fitted:
             if not adapter.is_whole:
                 message = f"{path} fits this SDXL {pipeline.config.kind} only in part: {adapter}"
@@ -140,10 +142,10 @@ class Adapters:
         numbered = (f"{stem}_{number}" for number in itertools.count(2))
         return next(name for name in itertools.chain([stem], numbered) if files.get(name, file) == file)
 
-    def _with_new(self, name: str, new: Mapping[nn.Module, Loaded]) -> dict[nn.Module, Plan]:
-        """What every network has once an adapter has come in the place of those that it displaces."""
+    def _with_new(self, name: str, new: Mapping[nn.Module, Loaded], activate: bool) -> dict[nn.Module, Plan]:
+        """What every network has once an adapter has come, active in the place of those that it displaces or not."""
         displaced = {name}
-        for network in new:
+        for network in new if activate else ():
             displaced |= NetworkAdapters.of(network).active.keys()
         turn = next(TURNS)
         plans = {}
@@ -153,7 +155,8 @@ class Adapters:
             active = {other: own for other, own in before.active.items() if other not in displaced}
             if network in new:
                 loaded[name] = new[network]
-                active[name] = Active(1.0, turn)
+                if activate:
+                    active[name] = Active(1.0, turn)
             plans[network] = Plan(loaded, active)
         return plans
 

@@ -149,7 +149,7 @@ def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
         name = f"{i} {path.stem}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what of it does not fit is in the report
-            reports = pipe.adapters.load(path, name)
+            reports = pipe.adapters.load(path, name, activate=False)
         for model, report in reports:
             print(f"{path.name} at {scale:g} on the {model.config.kind}: {report}")
         names.append(name)

@@ -63,17 +63,12 @@ class Request:
             raise InputError(unknown("sampler", self.sampler, SAMPLERS))
         if self.output_type not in OUTPUT_TYPES:
             raise InputError(unknown("output_type", self.output_type, OUTPUT_TYPES))
-        for name in (
-            "guidance_scale",
-            "aesthetic_score",
-            "negative_aesthetic_score",
-            "eta",
-            "s_noise",
-            "s_churn",
-            "s_tmin",
-        ):
+        for name in ("guidance_scale", "aesthetic_score", "negative_aesthetic_score"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise InputError(f"{name} must be a finite number, found {getattr(self, name)}")
+        for name, value in self.sampler_options().items():
+            if not value >= 0 or (math.isinf(value) and name != "s_tmax"):
+                raise InputError(f"{name} must be a finite number of at least 0, found {value}")
         if self.prompts < 1:
             raise InputError("expected a prompt, or one for each picture, found none")
         if not 0 <= self.guidance_rescale <= 1:

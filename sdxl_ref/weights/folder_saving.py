@@ -3,32 +3,26 @@
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from sdxl_ref.weights.saving import explained, make_permanent, sync, temporary_folder, usual_rights
+from sdxl_ref.weights.saving import make_permanent, replacing, sync
 
 MOVED_AWAY = "old"  # in the temporary folder: where an old target waits while the new one takes its name
 
 
-@contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """A path to make a folder at; it gets the target's name once the block has ended without an error.
+def replacing_folder(target: Path) -> AbstractContextManager[Path]:
+    """As `replacing`, for a folder: a path to make it at. What was there is replaced with all that it held."""
+    return replacing(target, put_folder)
 
-    What was there stays whole until then; it is replaced with all that it held. A link stays, and what it points to is
-    replaced. InputError where the system cannot write. A process that is killed meanwhile leaves a folder beside the
-    target: `leftovers.clear` deletes it.
-    """
-    with explained(target):
-        final = Path(os.path.realpath(target))
-        with temporary_folder(final.parent) as temporary:
-            new = temporary / "new"
-            yield new
-            make_all_permanent(new, usual_rights(temporary))
-            put_in_place(new, final)
-            with suppress(OSError):
-                sync(final.parent)
+
+def put_folder(new: Path, target: Path, rights: int) -> None:
+    """Give a whole folder its name, in one step; it changes places with one that is there, which is then deleted."""
+    make_all_permanent(new, rights)
+    if not target.is_dir():
+        new.replace(target)
+    elif not exchange(new, target):
+        replace_in_two_steps(new, target)
 
 
 def make_all_permanent(folder: Path, rights: int) -> None:
@@ -42,14 +36,6 @@ def make_all_permanent(folder: Path, rights: int) -> None:
             make_permanent(path, rights)
     with suppress(OSError):  # some network drives have no such thing
         sync(folder)
-
-
-def put_in_place(new: Path, target: Path) -> None:
-    """Rename in one step. A folder changes places with the one that is there, which is deleted as temporary."""
-    if not target.is_dir():
-        new.replace(target)
-    elif not exchange(new, target):
-        replace_in_two_steps(new, target)
 
 
 def exchange(first: Path, second: Path) -> bool:

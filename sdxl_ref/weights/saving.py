@@ -11,7 +11,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,8 +44,14 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def put_file(new: Path, target: Path, rights: int) -> None:
+    """Give a whole file its name, in one step. The rights are those of a new file here."""
+    make_permanent(new, rights)
+    new.replace(target)
+
+
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, put: Callable[[Path, Path, int], None] = put_file) -> Iterator[Path]:
     """A path to write a file at; it gets the target's name once the block has ended without an error.
 
     What was there stays whole until then. A link stays, and what it points to is replaced. InputError where the system
@@ -56,9 +62,8 @@ def replacing(target: Path) -> Iterator[Path]:
         with temporary_folder(final.parent) as temporary:
             new = temporary / "new"
             yield new
-            make_permanent(new, usual_rights(temporary))
-            new.replace(final)
-            with suppress(OSError):  # as for any folder
+            put(new, final, usual_rights(temporary))
+            with suppress(OSError):  # some network drives have no such thing
                 sync(final.parent)
 
 

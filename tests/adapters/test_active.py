@@ -266,6 +266,18 @@ def test_bad_input_changes_nothing(
     assert same(weights(refiner), before)
 
 
+def test_what_is_loaded_without_being_activated_waits(refiner: Any, file: Callable[..., Path]) -> None:
+    adapters = Adapters(refiner)
+    adapters.load(file("a"))
+    before = weights(refiner)
+    adapters.load(file("b"), activate=False)
+    assert adapters.active == ["a"]
+    assert set(adapters.loaded) == {"a", "b"}
+    assert same(weights(refiner), before)
+    adapters.load(file("a"), activate=False)  # the name again: what it was is gone
+    assert adapters.active == []
+
+
 def test_an_adapter_that_fits_nowhere_changes_nothing(tmp_path: Path, file: Callable[..., Path]) -> None:
     base, refiner = pipeline(peers.SMALL_BASE), pipeline(peers.SMALL_REFINER)
     adapters = Adapters(base, refiner)

@@ -88,11 +88,18 @@ def test_the_prompt_alone_may_stand_without_its_name() -> None:
         pairs.base()("a cup", "blurry")
 
 
-@pytest.mark.parametrize("name", ["guidance_scale", "aesthetic_score", "eta", "s_noise", "s_churn"])
+@pytest.mark.parametrize("name", ["guidance_scale", "aesthetic_score"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} must be a finite number, found {value}"):
         Request(prompt="", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["eta", "s_noise", "s_churn", "s_tmin"])
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+def test_amounts_of_a_sampler_are_finite_and_not_below_0(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} must be a finite number of at least 0, found {value}"):
+        Request(prompt="", sampler="euler", **{name: value})
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
