@@ -165,7 +165,7 @@ BAD = {
     "strength over 1": ({"strength": 1.01}, "above 0 and at most 1"),
     "no step left": ({"strength": 0.05}, "smallest strength is 0.1"),
     "0 steps": ({"num_inference_steps": 0}, "whole number from 1 to 1000, found 0"),
-    "half a step": ({"num_inference_steps": 2.5}, "whole number from 1 to 1000, found 2.5"),
+    "half a step": ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, found 2.5"),
     "sampler": ({"sampler": "eular"}, "unknown sampler 'eular': did you mean 'euler'"),
     "spacing": ({"spacing": "even"}, "unknown spacing 'even'"),
     "strength rule": ({"strength_rule": "?"}, "unknown strength rule"),

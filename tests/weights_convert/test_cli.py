@@ -71,7 +71,7 @@ def test_ctrl_c(module: str, small_refiner_file: Path, capsys: Any, monkeypatch:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    function = {"sdxl_ref.weights.report": "open_checkpoint", "weights_convert.cli": "import_module"}[module]
+    function = {"sdxl_ref.weights.report": "open_checkpoint", "weights_convert.cli": "module_of"}[module]
     monkeypatch.setattr(f"{module}.{function}", interrupt)
     assert main(["inspect", str(small_refiner_file)]) == 1
     assert capsys.readouterr().err == ("weights-convert: stopped; nothing is at the target that was not there before\n")
