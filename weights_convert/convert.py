@@ -1,5 +1,6 @@
 """Conversion between an official file and a diffusers folder, as a stream of tensors, bit for bit."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,16 +19,15 @@ from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, prefixes
 from sdxl_ref.weights.folder import EXTRAS_FILE, Folder
-from sdxl_ref.weights.folder_saving import replacing_folder
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import dtypes_of as dtypes_of
 from sdxl_ref.weights.report import sources_of
-from sdxl_ref.weights.saving import replacing
 from weights_convert import folder_files
+from weights_convert.folder_settings import SETTINGS_KEY, configurations_for, in_words, tokenizers_of, unusual_settings
 from weights_convert.parts import openclip_sources, vae_sources
 from weights_convert.stream import HASH_KEY, Entry, total, write_file
-from weights_convert.targets import check_apart, check_target
+from weights_convert.targets import check_apart, check_target, named_in_pipeline, writing_file, writing_folder
 
 LAYOUTS = ("official", "diffusers")
 LN_100 = math.log(100.0)
@@ -63,8 +63,8 @@ def convert(
     if to not in LAYOUTS:
         raise InputError(f"expected the layout {' or '.join(LAYOUTS)}, found {to!r}")
     original = open_checkpoint(source, variant=variant)
-    if to == "diffusers":
-        check_apart(source, target)
+    read_from = [original.path, *(path for path in (vae, openclip) if path is not None)]
+    check_apart(target, read_from, is_folder=to == "diffusers")
     report = Report([f"{source}: {original.name}"])
     checkpoint = with_parts(original, vae, openclip, report)
     if to == "official":
@@ -102,11 +102,11 @@ def scale_key(config: ModelConfig) -> str:
 def to_file(checkpoint: Checkpoint, target: Path, force: bool, report: Report) -> None:
     dtypes = dtypes_of(checkpoint)
     [(dtype, _)] = Counter(dtypes.values()).most_common(1)
+    metadata = metadata_for(checkpoint, report)
     with checkpoint.reader() as read:
         entries = [entry(key, dtypes[key], shape, read) for key, shape in checkpoint.shapes.items()]
         entries += defaults(checkpoint, dtype, report)
         entries.sort(key=attrgetter("name"))
-        metadata = model_spec(checkpoint.config) | dict(checkpoint.metadata)
         digest = save(target, entries, metadata, force)
     report.lines.append(f"{target}: {len(entries)} tensors, {total(entries) / 1e9:.2f} GB, sha256 of them {digest}")
 
@@ -116,8 +116,35 @@ def entry(name: str, dtype: torch.dtype, shape: Iterable[int], read: Read) -> En
     return Entry(name, dtype, tuple(shape), partial(read, name))
 
 
+def metadata_for(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
+    """All that a model's metadata said, brought up to its configuration where a folder's files were edited since."""
+    metadata = model_spec(checkpoint.config) | dict(checkpoint.metadata)
+    said = metadata.get(CONFIG_KEY)
+    if said is not None and ModelConfig.from_json(said) != checkpoint.config:
+        metadata[CONFIG_KEY] = checkpoint.config.to_json()
+    if prediction_of(metadata["modelspec.prediction_type"]) != checkpoint.config.prediction:
+        metadata["modelspec.prediction_type"] = checkpoint.config.prediction
+    if checkpoint.path.is_dir():
+        metadata.pop(SETTINGS_KEY, None)  # of an earlier folder
+        if settings := unusual_settings(checkpoint):
+            metadata[SETTINGS_KEY] = json.dumps(settings)
+            words = in_words(settings, checkpoint.config)
+            report.lines.append(
+                f"an official file has no place for the folder's {words}: kept in the metadata for a folder; give them"
+                " as options where the file is used"
+            )
+    return metadata
+
+
+def prediction_of(text: str) -> str:
+    """What a UNet returns, in the words of our configurations: "v" for every spelling of v_prediction."""
+    return "v" if text.lower().startswith("v") else text
+
+
 def defaults(checkpoint: Checkpoint, dtype: torch.dtype, report: Report) -> list[Entry]:
-    """What every official file has, and a folder without our file of extras has not."""
+    """What every official file has, and a folder that others wrote has not: ours says what its file had."""
+    if is_ours(checkpoint.path):
+        return []
     entries = []
     scale = scale_key(checkpoint.config)
     if scale not in checkpoint.shapes:
@@ -131,12 +158,17 @@ def defaults(checkpoint: Checkpoint, dtype: torch.dtype, report: Report) -> list
     return entries
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a folder was made of an official file, whose tensors it then holds to the last one."""
+    return (path / EXTRAS_FILE).is_file()
+
+
 def save(target: Path, entries: Sequence[Entry], metadata: Mapping[str, str], force: bool) -> str:
     """Write one file where `check_target` allows it, whole or not at all; returns the sha256 of its tensors."""
     check_target(target, total(entries), force)
     if target.is_dir():
         raise InputError(f"{target} is a folder: name a file for the official layout")
-    with replacing(target) as new, progress_bar(entries) as progress:
+    with writing_file(target, force) as new, progress_bar(entries) as progress:
         digest = write_file(new, entries, metadata, progress)
     return digest
 
@@ -167,6 +199,8 @@ def to_folder(checkpoint: Checkpoint, target: Path, force: bool, variant: str | 
     dtypes = dtypes_of(checkpoint)
     rules = {part: rules_with_place(part, checkpoint.config) for part in prefixes(checkpoint.config)}
     without_place = checkpoint.shapes.keys() - set(chain(*rules.values()))
+    files = configurations_for(checkpoint, {}, report.lines)
+    kept: list[str] = []
     with checkpoint.reader() as read:
         parts = {part: part_entries(rules[part], checkpoint, dtypes, read) for part in rules}
         extras = [entry(key, dtypes[key], checkpoint.shapes[key], read) for key in sorted(without_place)]
@@ -174,18 +208,21 @@ def to_folder(checkpoint: Checkpoint, target: Path, force: bool, variant: str | 
         check_target(target, total(everything), force)
         if target.is_file():
             raise InputError(f"{target} is a file: name a folder for diffusers' layout")
-        with replacing_folder(target) as folder, progress_bar(everything) as progress:
-            folder_files.write_configurations(folder, checkpoint.config)
+        with writing_folder(target, force, named_in_pipeline, kept) as folder, progress_bar(everything) as progress:
+            folder_files.write_configurations(folder, files, tokenizers_of(checkpoint))
             for part, entries in parts.items():
                 write_file(folder / folder_files.weights_name(part, variant), entries, {"format": "pt"}, progress)
-            if extras:
-                metadata = {key: text for key, text in checkpoint.metadata.items() if key != HASH_KEY}
+            if extras or is_ours(checkpoint.path) or not checkpoint.path.is_dir():
+                left_out = (HASH_KEY, SETTINGS_KEY)
+                metadata = {key: text for key, text in checkpoint.metadata.items() if key not in left_out}
                 write_file(folder / EXTRAS_FILE, extras, metadata, progress)
     counts = ", ".join(f"{part} {len(entries)}" for part, entries in parts.items())
     report.lines.append(f"{target}: {counts} tensors")
     if extras:
         names = ", ".join(extra.name for extra in extras)
         report.lines.append(f"{EXTRAS_FILE}: {names}, which the layout has no place for")
+    if kept:
+        report.lines.append(f"kept in {target}: {', '.join(kept)}, which the layout does not name")
 
 
 def rules_with_place(part: str, config: ModelConfig) -> dict[str, Rule]:
