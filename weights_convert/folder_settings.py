@@ -45,7 +45,7 @@ def settings_in(checkpoint: Checkpoint) -> dict[str, Json]:
     """The files that a file's metadata keep. InputError where they are none."""
     text = checkpoint.metadata.get(SETTINGS_KEY, "{}")
     try:
-        settings = json.loads(text)
+        settings = dict(json.loads(text))
         return {name: dict(settings[name]) for name in (FOLDER_INDEX, SCHEDULER_CONFIG) if name in settings}
     except (ValueError, TypeError) as error:
         raise InputError(
