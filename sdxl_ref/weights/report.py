@@ -66,6 +66,7 @@ class Description:
     extras: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     checks: tuple[str, ...] = ()
+    details: Mapping[str, str] = field(default_factory=dict)  # of a kind of file, under their names
 
     def lines(self) -> list[str]:
         """The report, without characters that a terminal would act on: a file may name its tensors as it likes."""
@@ -73,6 +74,7 @@ class Description:
         if self.note:
             lines.append(f"note: {self.note}")
         lines += [part.line(name) for name, part in self.parts.items()]
+        lines += [f"{name}: {text}" for name, text in self.details.items()]
         lines.append(f"extras: {', '.join(self.extras) or 'none'}")
         lines += [f"{key}: {shortened(text)}" for key, text in self.metadata.items() if key != CONFIG_KEY]
         lines += self.checks
@@ -89,6 +91,7 @@ class Description:
             "extras": sorted(self.extras),
             "vae": self.vae,
             "metadata": {key: text for key, text in self.metadata.items() if len(text) < LONGEST},
+            **({"details": dict(self.details)} if self.details else {}),
         }
 
 
