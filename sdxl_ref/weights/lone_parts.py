@@ -247,7 +247,9 @@ def around_unet(unet: UNetConfig, said: ModelConfig | None) -> ModelConfig:
 def canonical(unet: UNetConfig) -> UNetConfig:
     """The same sizes in the one way of writing them."""
     resolutions = tuple(sorted(unet.attention_resolutions))
-    return replace(unet, transformer_depth=unet.depths, attention_resolutions=resolutions)
+    last = len(unet.depths) - 1  # its depth is the middle block's too
+    depths = tuple(n if level == last or unet.has_attention(level) else 1 for level, n in enumerate(unet.depths))
+    return replace(unet, transformer_depth=depths, attention_resolutions=resolutions)
 
 
 def around_text_encoder(part: str, tower: TextEncoderConfig, said: ModelConfig | None) -> ModelConfig:
