@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,17 @@ def dtypes_in(sources: Mapping[str, Source]) -> dict[str, torch.dtype]:
         for path, name, header in source.tensors:
             if header.dtype not in DTYPES:
                 raise InputError(f"{path}: {name} has the dtype {header.dtype}, expected one of {', '.join(DTYPES)}")
-    return {key: DTYPES[source.tensors[0].header.dtype] for key, source in sources.items()}
+    return {key: common_dtype(source) for key, source in sources.items()}
+
+
+def common_dtype(source: Source) -> torch.dtype:
+    """The dtype that holds all that a tensor is made of: q, k and v may come in several. InputError for 8-bit ones."""
+    path, name, _ = source.tensors[0]
+    dtypes = {DTYPES[stored.header.dtype] for stored in source.tensors}
+    if len(dtypes) > 1 and any(dtype.itemsize == 1 for dtype in dtypes):
+        found = ", ".join(stored.header.dtype for stored in source.tensors)
+        raise InputError(f"{path}: {name} and those beside it make one tensor, and have several dtypes: {found}")
+    return reduce(torch.promote_types, dtypes)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

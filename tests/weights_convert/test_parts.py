@@ -96,3 +96,21 @@ def test_a_separate_autoencoder_of_such_a_dtype(
     assert main([str(word) for word in words]) == 2
     assert "has the dtype U16, expected one of F64" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_q_k_and_v_of_several_dtypes_make_a_tensor_that_holds_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "text_encoder_2" / "model.safetensors"
+    state = load_file(path)
+    q, k, v = (f"text_model.encoder.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
+    save_file(state | {k: state[k].float() + 1e-6, v: state[v].bfloat16()}, path)
+    convert(folder, tmp_path / "a.safetensors", "official")
+    found = load_file(tmp_path / "a.safetensors")[
+        "conditioner.embedders.0.model.transformer.resblocks.0.attn.in_proj_weight"
+    ]
+    expected = torch.cat([state[q].float(), state[k].float() + 1e-6, state[v].bfloat16().float()])
+    assert_close(found, expected, rtol=0, atol=0)
+    save_file(state | {k: state[k].to(torch.float8_e4m3fn)}, path)
+    assert main(["convert", str(folder), str(tmp_path / "b.safetensors"), "--to", "official"]) == 2
+    assert "have several dtypes: F16, F8_E4M3, F16" in capsys.readouterr().err
