@@ -1,47 +1,38 @@
 """Conversion between an official file and a diffusers folder, as a stream of tensors, bit for bit."""
 
+import json
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import replace
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, prefixes
 from sdxl_ref.weights.folder import EXTRAS_FILE, Folder
-from sdxl_ref.weights.folder_saving import replacing_folder
 from sdxl_ref.weights.layouts import Rule, part_rules
+from sdxl_ref.weights.lone_parts import LonePart, find_lone_part, open_part
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import dtypes_of as dtypes_of
 from sdxl_ref.weights.report import sources_of
-from sdxl_ref.weights.saving import replacing
 from weights_convert import folder_files
-from weights_convert.parts import openclip_sources, vae_sources
+from weights_convert.entries import Report as Report
+from weights_convert.entries import entry as entry
+from weights_convert.entries import lines_on_the_rest, part_entries, progress_bar
+from weights_convert.entries import save as save
+from weights_convert.folder_settings import SETTINGS_KEY, configurations_for, in_words, tokenizers_of, unusual_settings
+from weights_convert.lone_parts import Part, part_of, part_to_file, part_to_folder
+from weights_convert.parts import separate_part
 from weights_convert.stream import HASH_KEY, Entry, total, write_file
-from weights_convert.targets import check_apart, check_target
+from weights_convert.targets import check_apart, check_target, named_in_pipeline, writing_folder
 
 LAYOUTS = ("official", "diffusers")
 LN_100 = math.log(100.0)
-Read = Callable[[str], Tensor]
-
-
-@dataclass
-class Report:
-    """What a conversion did, in words."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
 
 
 def convert(
@@ -53,42 +44,77 @@ def convert(
     variant: str | None = None,
     vae: Path | None = None,
     openclip: Path | None = None,
+    part: str | None = None,
 ) -> Report:
     """Write `source` (a file or folder) to `target`, as an "official" file or a "diffusers" folder.
 
+    The source may also be one part alone: a UNet, an autoencoder or a text encoder. `part` ("unet", "vae",
+    "text_encoder", "text_encoder_2") writes that of a whole model alone.
     `variant`: the one to read of a folder, or the one to write ("fp16": names with it, tensors as they are).
     `vae`, `openclip`: files whose autoencoder, or bigG text tower, takes the place of the source's. InputError for bad
     input before anything is written; what was at `target` stays whole until the new one is.
     """
     if to not in LAYOUTS:
         raise InputError(f"expected the layout {' or '.join(LAYOUTS)}, found {to!r}")
-    original = open_checkpoint(source, variant=variant)
-    if to == "diffusers":
-        check_apart(source, target)
-    report = Report([f"{source}: {original.name}"])
-    checkpoint = with_parts(original, vae, openclip, report)
+    lone = find_lone_part(source, variant) if os.path.exists(source) else None
+    original = open_checkpoint(source, variant=variant) if lone is None else open_part(lone)
+    read_from = [original.path, *(path for path in (vae, openclip) if path is not None)]
+    check_apart(target, read_from, is_folder=to == "diffusers")
+    report = Report([f"{source}: {lone.name if lone else original.name}"])
+    if lone or part:
+        if vae or openclip:
+            raise InputError("--vae and --openclip go into a whole model: leave them out for one part of it")
+        alone = part_to_write(original, lone, part)
+        report.lines += [f"note: {original.note}"] if original.note else []
+        if to == "official":
+            part_to_file(alone, target, force, report)
+        else:
+            part_to_folder(alone, target, force, variant, report)
+        return report
+    checkpoint, own = with_parts(original, vae, openclip, report)
     if to == "official":
         to_file(checkpoint, target, force, report)
     else:
-        to_folder(checkpoint, target, force, variant, report)
+        to_folder(checkpoint, own, target, force, variant, report)
     return report
 
 
-def with_parts(checkpoint: Checkpoint, vae: Path | None, openclip: Path | None, report: Report) -> Folder:
-    """A checkpoint as tensors that may lie anywhere, with those of separate files in the place of its own."""
+def part_to_write(original: Checkpoint, lone: LonePart | None, name: str | None) -> Part:
+    """The part that is all that there is (`lone`), or this one of a whole model."""
+    if lone is None or not isinstance(original, Folder):
+        return part_of(original, str(name))
+    if name not in (None, lone.part):
+        raise InputError(f"{lone.path} is {lone.name}: it has no {name}")
+    return Part(original, lone.part, lone)
+
+
+def with_parts(
+    checkpoint: Checkpoint, vae: Path | None, openclip: Path | None, report: Report
+) -> tuple[Folder, dict[str, folder_files.Json]]:
+    """A checkpoint as tensors that may lie anywhere, with those of separate files in the place of its own.
+
+    And the configuration files of a folder that a separate part has changed.
+    """
     sources = sources_of(checkpoint)
-    if vae is not None:
-        own = vae_sources(vae, checkpoint.config)
-        report.lines.append(f"vae: {len(own)} tensors of {vae}")
-        sources |= own
-    if openclip is not None:
-        own = openclip_sources(openclip, checkpoint.config)
-        report.lines.append(f"text_encoder_2: {len(own)} tensors of {openclip}")
-        if scale_key(checkpoint.config) not in own:
+    config = checkpoint.config
+    files: dict[str, folder_files.Json] = {}
+    for part, path in (("vae", vae), ("text_encoder_2", openclip)):
+        if path is None:
+            continue
+        prefix = prefixes(config)[part]
+        lone, own = separate_part(path, part, config)
+        report.lines.append(f"{part}: {len(own.sources)} tensors of {path}")
+        if part == "vae":
+            config = replace(config, vae=own.config.vae)
+            if config != checkpoint.config:
+                report.lines.append(f"vae: the scaling factor {config.vae.scale_factor} of {path}")
+            files[folder_files.config_name(part)] = lone.fields or folder_files.part_config(part, config)
+        elif "logit_scale" not in own.sources:
             report.lines.append(f"logit_scale: not in {openclip}, the source's stays if it has one")
-        sources |= own
+        sources |= {prefix + key: source for key, source in own.sources.items()}
     shapes = {key: source.shape for key, source in sources.items()}
-    return Folder(checkpoint.path, checkpoint.config, shapes, checkpoint.metadata, checkpoint.note, sources)
+    metadata = checkpoint.metadata
+    return Folder(checkpoint.path, config, shapes, metadata, checkpoint.note, sources=sources), files
 
 
 def scale_key(config: ModelConfig) -> str:
@@ -102,22 +128,44 @@ def scale_key(config: ModelConfig) -> str:
 def to_file(checkpoint: Checkpoint, target: Path, force: bool, report: Report) -> None:
     dtypes = dtypes_of(checkpoint)
     [(dtype, _)] = Counter(dtypes.values()).most_common(1)
+    metadata = metadata_for(checkpoint, report)
     with checkpoint.reader() as read:
         entries = [entry(key, dtypes[key], shape, read) for key, shape in checkpoint.shapes.items()]
         entries += defaults(checkpoint, dtype, report)
         entries.sort(key=attrgetter("name"))
-        metadata = model_spec(checkpoint.config) | dict(checkpoint.metadata)
         digest = save(target, entries, metadata, force)
     report.lines.append(f"{target}: {len(entries)} tensors, {total(entries) / 1e9:.2f} GB, sha256 of them {digest}")
 
 
-def entry(name: str, dtype: torch.dtype, shape: Iterable[int], read: Read) -> Entry:
-    """A tensor to be written under the name by which it is read."""
-    return Entry(name, dtype, tuple(shape), partial(read, name))
+def metadata_for(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
+    """All that a model's metadata said, brought up to its configuration where a folder's files were edited since."""
+    metadata = model_spec(checkpoint.config) | dict(checkpoint.metadata)
+    said = metadata.get(CONFIG_KEY)
+    if said is not None and ModelConfig.from_json(said) != checkpoint.config:
+        metadata[CONFIG_KEY] = checkpoint.config.to_json()
+    if prediction_of(metadata["modelspec.prediction_type"]) != checkpoint.config.prediction:
+        metadata["modelspec.prediction_type"] = checkpoint.config.prediction
+    if checkpoint.path.is_dir():
+        metadata.pop(SETTINGS_KEY, None)  # of an earlier folder
+        if settings := unusual_settings(checkpoint):
+            metadata[SETTINGS_KEY] = json.dumps(settings)
+            words = in_words(settings, checkpoint.config)
+            report.lines.append(
+                f"an official file has no place for the folder's {words}: kept in the metadata for a folder; give them"
+                " as options where the file is used"
+            )
+    return metadata
+
+
+def prediction_of(text: str) -> str:
+    """What a UNet returns, in the words of our configurations: "v" for every spelling of v_prediction."""
+    return "v" if text.lower().startswith("v") else text
 
 
 def defaults(checkpoint: Checkpoint, dtype: torch.dtype, report: Report) -> list[Entry]:
-    """What every official file has, and a folder without our file of extras has not."""
+    """What every official file has, and a folder that others wrote has not: ours says what its file had."""
+    if is_ours(checkpoint.path):
+        return []
     entries = []
     scale = scale_key(checkpoint.config)
     if scale not in checkpoint.shapes:
@@ -131,14 +179,9 @@ def defaults(checkpoint: Checkpoint, dtype: torch.dtype, report: Report) -> list
     return entries
 
 
-def save(target: Path, entries: Sequence[Entry], metadata: Mapping[str, str], force: bool) -> str:
-    """Write one file where `check_target` allows it, whole or not at all; returns the sha256 of its tensors."""
-    check_target(target, total(entries), force)
-    if target.is_dir():
-        raise InputError(f"{target} is a folder: name a file for the official layout")
-    with replacing(target) as new, progress_bar(entries) as progress:
-        digest = write_file(new, entries, metadata, progress)
-    return digest
+def is_ours(path: Path) -> bool:
+    """Whether a folder was made of an official file, whose tensors it then holds to the last one."""
+    return (path / EXTRAS_FILE).is_file()
 
 
 def model_spec(config: ModelConfig) -> dict[str, str]:
@@ -163,10 +206,20 @@ def model_spec(config: ModelConfig) -> dict[str, str]:
 # --- to a folder ----------------------------------------------------------------------------------------------------
 
 
-def to_folder(checkpoint: Checkpoint, target: Path, force: bool, variant: str | None, report: Report) -> None:
+def to_folder(
+    checkpoint: Checkpoint,
+    own: dict[str, folder_files.Json],
+    target: Path,
+    force: bool,
+    variant: str | None,
+    report: Report,
+) -> None:
+    """`own`: configuration files of parts that came from elsewhere."""
     dtypes = dtypes_of(checkpoint)
     rules = {part: rules_with_place(part, checkpoint.config) for part in prefixes(checkpoint.config)}
     without_place = checkpoint.shapes.keys() - set(chain(*rules.values()))
+    files = configurations_for(checkpoint, own, report.lines)
+    kept: list[str] = []
     with checkpoint.reader() as read:
         parts = {part: part_entries(rules[part], checkpoint, dtypes, read) for part in rules}
         extras = [entry(key, dtypes[key], checkpoint.shapes[key], read) for key in sorted(without_place)]
@@ -174,45 +227,20 @@ def to_folder(checkpoint: Checkpoint, target: Path, force: bool, variant: str | 
         check_target(target, total(everything), force)
         if target.is_file():
             raise InputError(f"{target} is a file: name a folder for diffusers' layout")
-        with replacing_folder(target) as folder, progress_bar(everything) as progress:
-            folder_files.write_configurations(folder, checkpoint.config)
+        with writing_folder(target, force, named_in_pipeline, kept) as folder, progress_bar(everything) as progress:
+            folder_files.write_configurations(folder, files, tokenizers_of(checkpoint))
             for part, entries in parts.items():
                 write_file(folder / folder_files.weights_name(part, variant), entries, {"format": "pt"}, progress)
-            if extras:
-                metadata = {key: text for key, text in checkpoint.metadata.items() if key != HASH_KEY}
+            if extras or is_ours(checkpoint.path) or not checkpoint.path.is_dir():
+                left_out = (HASH_KEY, SETTINGS_KEY)
+                metadata = {key: text for key, text in checkpoint.metadata.items() if key not in left_out}
                 write_file(folder / EXTRAS_FILE, extras, metadata, progress)
     counts = ", ".join(f"{part} {len(entries)}" for part, entries in parts.items())
     report.lines.append(f"{target}: {counts} tensors")
-    if extras:
-        names = ", ".join(extra.name for extra in extras)
-        report.lines.append(f"{EXTRAS_FILE}: {names}, which the layout has no place for")
+    report.lines += lines_on_the_rest(target, extras, kept)
 
 
 def rules_with_place(part: str, config: ModelConfig) -> dict[str, Rule]:
     """The rule of each tensor of a part that has a place in a folder, by its official key."""
     _, rules = part_rules(part, config)
     return {prefixes(config)[part] + rule.official: rule for rule in rules if rule.other}
-
-
-def part_entries(
-    rules: Mapping[str, Rule], checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], read: Read
-) -> list[Entry]:
-    """The tensors of a part under diffusers' names; q, k and v of a stacked projection are read one at a time."""
-    entries = []
-    for key, rule in rules.items():
-        whole = torch.empty(checkpoint.shapes[key], device="meta")
-        for i, (name, piece) in enumerate(zip(rule.other, rule.split(whole), strict=True)):
-            entries.append(Entry(name, dtypes[key], tuple(piece.shape), partial(read_piece, read, key, rule, i)))
-    return sorted(entries, key=attrgetter("name"))
-
-
-def read_piece(read: Read, key: str, rule: Rule, index: int) -> Tensor:
-    """One of the tensors that an official one is in the other layout."""
-    return rule.split(read(key))[index]
-
-
-@contextmanager
-def progress_bar(entries: Iterable[Entry]) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of bytes that were written; nothing is shown where there is no terminal."""
-    with tqdm(total=total(entries), unit="B", unit_scale=True, disable=None) as progress:
-        yield progress.update

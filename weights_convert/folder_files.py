@@ -5,6 +5,8 @@ have. Sources: `UNet2DConditionModel`, `AutoencoderKL`, `EulerDiscreteScheduler`
 """
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +58,30 @@ def weights_name(part: str, variant: str | None) -> str:
     return f"{part}/{WEIGHTS[part]}{middle}.safetensors"
 
 
-def write_configurations(folder: Path, config: ModelConfig) -> None:
-    """Make a folder with all but the weights."""
-    folder.mkdir()
-    write_json(folder / FOLDER_INDEX, model_index(config))
-    for part in prefixes(config):
-        (folder / part).mkdir()
-        write_json(folder / part / "config.json", part_config(part, config))
-    (folder / "scheduler").mkdir()
+def configurations(config: ModelConfig) -> dict[str, Json]:
+    """The fields of each configuration file of a folder, by its name in it, for a model that lies in no folder yet."""
     prediction_type = {"epsilon": "epsilon", "v": "v_prediction"}[config.prediction]
-    write_json(folder / SCHEDULER_CONFIG, SCHEDULER | {"prediction_type": prediction_type})
-    if config.kind == "base":
-        write_tokenizer(folder / "tokenizer", pad=END_OF_TEXT)
-    write_tokenizer(folder / "tokenizer_2", pad="!")
+    files = {FOLDER_INDEX: model_index(config), SCHEDULER_CONFIG: SCHEDULER | {"prediction_type": prediction_type}}
+    return files | {config_name(part): part_config(part, config) for part in prefixes(config)}
+
+
+def config_name(part: str) -> str:
+    """Where the configuration of a part lies in the folder."""
+    return f"{part}/config.json"
+
+
+def write_configurations(folder: Path, configurations: Mapping[str, Json], tokenizers: Mapping[str, Path]) -> None:
+    """Make a folder with all but the weights. `tokenizers` are those to copy; the others are written."""
+    folder.mkdir()
+    for name, fields in configurations.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, fields)
+    pads = {"tokenizer": END_OF_TEXT, "tokenizer_2": "!"}
+    for name, pad in pads.items():
+        if name in tokenizers:
+            shutil.copytree(tokenizers[name], folder / name)
+        elif configurations[FOLDER_INDEX].get(name) not in (None, ABSENT):
+            write_tokenizer(folder / name, pad)
 
 
 def write_json(path: Path, fields: Json) -> None:

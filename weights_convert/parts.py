@@ -1,70 +1,41 @@
-"""Parts that come in files of their own: an autoencoder, or open_clip's bigG text tower."""
+"""Parts that come from files of their own: an autoencoder, or a bigG text encoder (open_clip's own, for one)."""
 
 import os
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.weights import layouts
-from sdxl_ref.weights.checkpoint import prefixes
-from sdxl_ref.weights.folder import Source, stored_in
-from sdxl_ref.weights.layouts import Rule
-from sdxl_ref.weights.opening import find_file
+from sdxl_ref.weights.folder import Folder
+from sdxl_ref.weights.layouts import part_rules
+from sdxl_ref.weights.lone_parts import NAMES, LonePart, find_part, model_around, open_part
+from sdxl_ref.weights.opening import POCKET
+from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 
-def vae_sources(path: Path, config: ModelConfig) -> dict[str, Source]:
-    """Where a file, or the one of a folder, holds each tensor of the autoencoder, by its official key.
+def separate_part(path: Path, part: str, config: ModelConfig) -> tuple[LonePart, Folder]:
+    """A part of a file, of a folder, of a whole model or of the pocket pair, by its official names without a prefix.
 
-    Reads the official separate file (1.0, 0.9), a whole checkpoint, or diffusers' (such as fp16-fix). InputError where
-    tensors are missing, or of another shape.
+    `config` is the model that it goes into. An autoencoder brings its scaling factor where it says one. InputError
+    where tensors are missing, or of another shape.
     """
-    file = weights_file(path)
-    stored = stored_in(file)
-    state, rules = layouts.part_rules("vae", config)
-    prefix = prefixes(config)["vae"]
-    for prefix_there in ("", prefix):
-        if all(prefix_there + key in stored for key in state):
-            rules_there = [Rule(key, (prefix_there + key,)) for key in state]
-            return sources(file, prefix, state, rules_there)
-    return sources(file, prefix, state, rules)
+    lone = find_part(located(path, part, config.kind), part)
+    if lone is None:
+        raise InputError(f"{path} holds no {NAMES[part]}")
+    if part == "vae":
+        own, assumed = model_around(lone)
+        if not assumed:
+            config = replace(config, vae=replace(config.vae, scale_factor=own.vae.scale_factor))
+    opened = open_part(lone, config)
+    state, _ = part_rules(part, config)
+    sources = {key: source for key, source in opened.sources.items() if key in state}
+    return lone, replace(opened, sources=sources, shapes={key: source.shape for key, source in sources.items()})
 
 
-def openclip_sources(path: Path, config: ModelConfig) -> dict[str, Source]:
-    """Where open_clip's own file (`open_clip_model.safetensors`) holds each tensor of the text tower, by official key.
-
-    Its names are the official ones. Newer files put `text.` before them; the picture tower (`visual.`) is left alone.
-    `logit_scale`, which belongs to both towers, is read where it is there. InputError as `vae_sources` raises it.
-    """
-    file = weights_file(path)
-    stored = stored_in(file)
-    state, _ = layouts.part_rules("text_encoder_2", config)
-    prefix_there = "text." if "text.token_embedding.weight" in stored else ""
-    rules = [Rule(key, (prefix_there + key,)) for key in state if key != "logit_scale"]
-    if "logit_scale" in stored:
-        rules.append(Rule("logit_scale", ("logit_scale",)))
-    return sources(file, prefixes(config)["text_encoder_2"], state, rules)
-
-
-def sources(file: Path, prefix: str, state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Source]:
-    """The tensors that these rules make of those in a file, by official key. InputError where one does not fit."""
-    stored = stored_in(file)
-    fitting = {}
-    for rule in rules:
-        absent = [name for name in rule.other if name not in stored]
-        if absent:
-            raise InputError(f"{file} does not hold this part at these sizes: no tensor {absent[0]}")
-        source = Source(rule, [stored[name] for name in rule.other])
-        expected = tuple(state[rule.official].shape)
-        if source.shape != expected:
-            raise InputError(f"{file}: {rule.official} has the shape {source.shape}, expected {expected}")
-        fitting[prefix + rule.official] = source
-    return fitting
-
-
-def weights_file(path: Path) -> Path:
-    """A file of weights, or the one of a folder. InputError as `find_file` raises it."""
+def located(path: Path, part: str, kind: str) -> Path:
+    """Where a part lies: in a file, in the subfolder of a whole model's folder, in the pocket pair."""
     if not os.path.exists(path):
-        raise InputError(f"no such file: {path}")
-    return find_file(path)
+        name = f"pocket-{kind}" if str(path) == "pocket" else str(path)
+        if name not in POCKET:
+            raise InputError(f"no such file: {path}")
+        return POCKET[name]
+    return path / part if (path / FOLDER_INDEX).is_file() else path

@@ -1,8 +1,8 @@
-"""`sdxl-ref info`: what a checkpoint or a VAE's file is: parts, sizes, dtypes, extras, VAE."""
+"""`sdxl-ref info`: what a file is: a model, a part of one or an adapter; sizes, dtypes, extras."""
 
 import argparse
 
-from sdxl_ref.weights.report import describe
+from sdxl_ref.adapters.report import describe_any
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -11,4 +11,4 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    print("\n".join(describe(a.checkpoint, check=a.check).lines()))
+    print("\n".join(describe_any(a.checkpoint, check=a.check).lines()))

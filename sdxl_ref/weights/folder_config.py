@@ -76,7 +76,7 @@ Json = dict[str, Any]
 def read_json(path: Path) -> Json:
     """An object from a JSON file. InputError where it is none."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"expected a JSON file {path}: {error}") from error
     if not isinstance(value, dict):

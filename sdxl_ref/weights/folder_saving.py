@@ -3,26 +3,58 @@
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 
+from sdxl_ref.config import InputError
 from sdxl_ref.weights.saving import make_permanent, replacing, sync
 
+MEANWHILE = "{target} has come there meanwhile, and stays: name another target, or give --force to replace it"
 MOVED_AWAY = "old"  # in the temporary folder: where an old target waits while the new one takes its name
 
 
-def replacing_folder(target: Path) -> AbstractContextManager[Path]:
-    """As `replacing`, for a folder: a path to make it at. What was there is replaced with all that it held."""
-    return replacing(target, put_folder)
+CarryOver = Callable[[Path, Path], object]  # called with the old folder and the new one, before they change places
 
 
-def put_folder(new: Path, target: Path, rights: int) -> None:
+def leave_behind(_old: Path, _new: Path) -> None:
+    """Nothing of the old folder goes into the new one."""
+
+
+def replacing_folder(target: Path, carry_over: CarryOver = leave_behind) -> AbstractContextManager[Path]:
+    """As `replacing`, for a folder: a path to make it at.
+
+    What was there is replaced with all that it held, but for what `carry_over` puts into the new one.
+    """
+    return replacing(target, partial(put_folder, carry_over=carry_over))
+
+
+def new_folder(target: Path) -> AbstractContextManager[Path]:
+    """As `replacing_folder`, where nothing may be: InputError where something has come there by the end."""
+    return replacing(target, put_new_folder)
+
+
+def put_folder(new: Path, target: Path, rights: int, carry_over: CarryOver = leave_behind) -> None:
     """Give a whole folder its name, in one step; it changes places with one that is there, which is then deleted."""
     make_all_permanent(new, rights)
     if not target.is_dir():
         new.replace(target)
-    elif not exchange(new, target):
+        return
+    carry_over(target, new)
+    if not exchange(new, target):
         replace_in_two_steps(new, target)
+
+
+def put_new_folder(new: Path, target: Path, rights: int) -> None:
+    """Give a whole folder its name where that is free: no system renames a folder onto one that holds something."""
+    make_all_permanent(new, rights)
+    try:
+        new.rename(target)
+    except OSError as error:
+        if os.path.lexists(target):
+            raise InputError(MEANWHILE.format(target=target)) from error
+        raise
 
 
 def make_all_permanent(folder: Path, rights: int) -> None:

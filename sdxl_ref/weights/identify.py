@@ -15,9 +15,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 def config_from_shapes(shapes: Shapes) -> ModelConfig:
     """Keys and shapes of a whole checkpoint -> its configuration; InputError where they cannot be an SDXL model's."""
     try:
-        encoders = tuple(_text(_below(shapes, f"conditioner.embedders.{i}.")) for i in range(_text_encoders(shapes)))
-        unet = _unet(_below(shapes, "model.diffusion_model."))
-        return ModelConfig(unet, encoders, _vae(_below(shapes, "first_stage_model.")))
+        encoders = tuple(
+            text_config(_below(shapes, f"conditioner.embedders.{i}.")) for i in range(_text_encoders(shapes))
+        )
+        unet = unet_config(_below(shapes, "model.diffusion_model."))
+        return ModelConfig(unet, encoders, vae_config(_below(shapes, "first_stage_model.")))
     except KeyError as error:
         raise InputError(f"expected an SDXL checkpoint in the official layout, found no {error.args[0]}") from error
     except (IndexError, InputError) as error:
@@ -41,7 +43,8 @@ def _heads(width: int) -> int:
     return width // HEAD
 
 
-def _unet(shapes: Shapes) -> UNetConfig:
+def unet_config(shapes: Shapes) -> UNetConfig:
+    """Shapes of a UNet in official names -> its configuration."""
     width = shapes["input_blocks.0.0.weight"][0]
     levels: list[list[tuple[int, int]]] = [[]]  # per ResBlock: channels, transformer depth
     context_dim = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
@@ -74,7 +77,8 @@ def _text_encoders(shapes: Shapes) -> int:
     return _count(shapes, "conditioner.embedders.")
 
 
-def _text(shapes: Shapes) -> TextEncoderConfig:
+def text_config(shapes: Shapes) -> TextEncoderConfig:
+    """Shapes of a text encoder, by what its official names are behind `conditioner.embedders.N.`."""
     if "model.token_embedding.weight" in shapes:  # OpenCLIP
         vocab, width = shapes["model.token_embedding.weight"]
         layers = _count(shapes, "model.transformer.resblocks.")
@@ -88,7 +92,8 @@ def _text(shapes: Shapes) -> TextEncoderConfig:
     return TextEncoderConfig(width, _heads(width), layers, width, "quick_gelu", vocab, context_length)
 
 
-def _vae(shapes: Shapes) -> VAEConfig:
+def vae_config(shapes: Shapes) -> VAEConfig:
+    """Shapes of an autoencoder in official names -> its configuration, with SDXL's scale of latents."""
     ch, in_channels = shapes["encoder.conv_in.weight"][:2]
     levels = _count(shapes, "encoder.down.")
     widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]

@@ -5,6 +5,7 @@ the VAE and transformers' for the text towers. open_clip's own names for the big
 This is the only table of names in the project.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -144,6 +145,7 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
     return modules | {f"{a}.{x}": f"{b}.{y}" for a, b in residual.items() for x, y in RES_BLOCK.items()}
 
 
+ENCODER_BLOCK = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.(.*)")  # of diffusers' `AutoencoderKL`
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
@@ -172,6 +174,15 @@ def vae_modules(config: VAEConfig) -> dict[str, str]:
         for ours, theirs in residual.items():
             modules |= {ours: theirs, f"{ours}.nin_shortcut": f"{theirs}.conv_shortcut"}
     return modules
+
+
+def vae_to_official(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of an autoencoder of any size; those of the encoder's residual blocks by their official names."""
+    official = {}
+    for name, shape in shapes.items():
+        found = ENCODER_BLOCK.fullmatch(name)
+        official["encoder.down.{}.block.{}.{}".format(*found.groups()) if found else name] = shape
+    return official
 
 
 def _vae_kind(key: str) -> Literal["same", "pointwise"]:

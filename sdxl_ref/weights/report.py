@@ -8,20 +8,22 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdxl_ref.config import REFINER_1_0, InputError
+from sdxl_ref.config import InputError
 from sdxl_ref.weights import layouts
-from sdxl_ref.weights.checkpoint import CONFIG_KEY, EXTRAS, KNOWN_FILES, Checkpoint, build_empty, prefixes
+from sdxl_ref.weights.checkpoint import CONFIG_KEY, EXTRAS, KNOWN_FILES, Checkpoint, prefixes
 from sdxl_ref.weights.folder import Folder, Source, stored_in
-from sdxl_ref.weights.opening import find_file, open_checkpoint
-from sdxl_ref.weights.tensor_files import DTYPE_NAMES, DTYPES, FOLDER_INDEX, is_finite, sha256_of
+from sdxl_ref.weights.lone_parts import LonePart, find_lone_part, open_part
+from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.tensor_files import DTYPE_NAMES, DTYPES, is_finite, sha256_of
 
 OFFICIAL_SIZES = (6_075_981_930, 6_938_078_334)  # bytes of the official files, with either VAE: others need no hash
 VAES = {  # sha256 of files that hold a VAE alone -> whose they are, as the hub's repositories list them
@@ -65,6 +67,7 @@ class Description:
     extras: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     checks: tuple[str, ...] = ()
+    details: Mapping[str, str] = field(default_factory=dict)  # of a kind of file, under their names
 
     def lines(self) -> list[str]:
         """The report, without characters that a terminal would act on: a file may name its tensors as it likes."""
@@ -72,10 +75,12 @@ class Description:
         if self.note:
             lines.append(f"note: {self.note}")
         lines += [part.line(name) for name, part in self.parts.items()]
+        lines += [f"{name}: {text}" for name, text in self.details.items()]
         lines.append(f"extras: {', '.join(self.extras) or 'none'}")
         lines += [f"{key}: {shortened(text)}" for key, text in self.metadata.items() if key != CONFIG_KEY]
         lines += self.checks
-        lines.append(f"VAE: {self.vae}")
+        if self.vae:
+            lines.append(f"VAE: {self.vae}")
         return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
 
     def to_json(self) -> Json:
@@ -87,21 +92,20 @@ class Description:
             "extras": sorted(self.extras),
             "vae": self.vae,
             "metadata": {key: text for key, text in self.metadata.items() if len(text) < LONGEST},
+            **({"details": dict(self.details)} if self.details else {}),
         }
 
 
 def describe(name: str | Path, variant: str | None = None, check: bool = False) -> Description:
-    """What a file, folder or repository is; a file may also hold an autoencoder alone.
+    """What a file, folder or repository is; it may also hold a UNet, an autoencoder or a text encoder alone.
 
     With `check` the whole of it is read: its sha256 is told, and InputError names tensors with NaN or infinite values.
     InputError too for what cannot be opened, and for dtypes that no weights have.
     """
     path = Path(name)
-    if os.path.exists(path) and not os.path.isfile(path / FOLDER_INDEX):
-        file = find_file(path)
-        sources = alone(file)
-        if is_vae(sources):
-            return describe_vae(file, sources, check)
+    lone = find_lone_part(path, variant) if os.path.exists(path) else None
+    if lone is not None:
+        return describe_part(lone, check)
     return describe_checkpoint(open_checkpoint(name, variant=variant), check)
 
 
@@ -126,14 +130,34 @@ def describe_checkpoint(checkpoint: Checkpoint, check: bool = False) -> Descript
     )
 
 
-def describe_vae(file: Path, sources: Mapping[str, Source], check: bool) -> Description:
-    """The same of a file that holds an autoencoder alone, which its sha256 tells."""
+def describe_part(lone: LonePart, check: bool = False) -> Description:
+    """The same of one part alone; an autoencoder is named by the sha256 of its file. What does not fit is noted."""
+    sources = {name: Source(None, [stored]) for name, stored in lone.stored.items()}
     shapes = {name: source.shape for name, source in sources.items()}
-    part = summary(list(sources), shapes, dtypes_in(sources))
-    digest = scan_file(file) if check else sha256_of(file)
-    vae = f"{VAES.get(digest, 'unknown')}, file sha256 {digest}"
-    description = Description(file, "an SDXL autoencoder (by its keys)", {"vae": part}, vae)
-    return replace(description, checks=checks(digest)) if check else description
+    dtypes = dtypes_in(sources)
+    note = ""
+    own = set(sources)
+    try:
+        checkpoint = open_part(lone)
+        state, _ = layouts.part_rules(lone.part, checkpoint.config)
+        own = {stored.name for key in state if key in checkpoint.sources for stored in checkpoint.sources[key].tensors}
+    except InputError as error:
+        note = str(error)
+    digest = ""
+    if check:
+        digest = scan_files(*lone.files)
+    elif lone.part == "vae":
+        digest = sha256_of(*lone.files)
+    return Description(
+        lone.path,
+        lone.name,
+        {lone.part: summary(sorted(own), shapes, dtypes)},
+        f"{VAES.get(digest, 'unknown')}, file sha256 {digest}" if lone.part == "vae" else "",
+        note,
+        tuple(name for name in sources if name not in own),
+        dict(sorted(lone.metadata.items())),
+        checks(digest) if check else (),
+    )
 
 
 def summary(keys: Collection[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> Part:
@@ -154,17 +178,6 @@ def shortened(text: str) -> str:
 
 
 # --- the autoencoder ------------------------------------------------------------------------------------------------
-
-
-def is_vae(names: Iterable[str]) -> bool:
-    """Whether these tensors are an autoencoder of SDXL's, in official or diffusers' names, and no other part."""
-    found = set(names)
-    state = build_empty("vae", REFINER_1_0).state_dict()
-    prefix = prefixes(REFINER_1_0)["vae"]
-    is_official = set(state) <= {name.removeprefix(prefix) for name in found}
-    rules = layouts.rules("vae", state, REFINER_1_0.vae)
-    is_other = {name for rule in rules for name in rule.other} <= found
-    return (is_official or is_other) and not any(name.startswith(("model.", "conditioner.")) for name in found)
 
 
 def vae_of(checkpoint: Checkpoint, digest: str = "") -> str:
@@ -204,7 +217,17 @@ def dtypes_in(sources: Mapping[str, Source]) -> dict[str, torch.dtype]:
         for path, name, header in source.tensors:
             if header.dtype not in DTYPES:
                 raise InputError(f"{path}: {name} has the dtype {header.dtype}, expected one of {', '.join(DTYPES)}")
-    return {key: DTYPES[source.tensors[0].header.dtype] for key, source in sources.items()}
+    return {key: common_dtype(source) for key, source in sources.items()}
+
+
+def common_dtype(source: Source) -> torch.dtype:
+    """The dtype that holds all that a tensor is made of: q, k and v may come in several. InputError for 8-bit ones."""
+    path, name, _ = source.tensors[0]
+    dtypes = {DTYPES[stored.header.dtype] for stored in source.tensors}
+    if len(dtypes) > 1 and any(dtype.itemsize == 1 for dtype in dtypes):
+        found = ", ".join(stored.header.dtype for stored in source.tensors)
+        raise InputError(f"{path}: {name} and those beside it make one tensor, and have several dtypes: {found}")
+    return reduce(torch.promote_types, dtypes)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -213,28 +236,29 @@ def dtypes_in(sources: Mapping[str, Source]) -> dict[str, torch.dtype]:
 def scan(checkpoint: Checkpoint) -> str:
     """Read all of a checkpoint: its sha256. InputError names tensors with values that are not finite."""
     if not isinstance(checkpoint, Folder):
-        return scan_file(checkpoint.path)
+        return scan_files(checkpoint.path)
     with checkpoint.reader() as read:
         require_finite(checkpoint.path, [key for key in checkpoint.shapes if not is_finite(read(key))])
     return checkpoint.sha256()
 
 
-def scan_file(path: Path) -> str:
-    """Read a file once, front to back. Returns and raises as `scan` does."""
+def scan_files(*paths: Path) -> str:
+    """Read files once, front to back and one behind the other. Returns and raises as `scan` does."""
     digest = hashlib.sha256()
-    not_finite = []
-    with path.open("rb") as file:
-        length = file.read(HEADER_LENGTH)
-        header = file.read(int.from_bytes(length, "little"))
-        digest.update(length)
-        digest.update(header)
-        for name, dtype, size in in_order(header):
-            values = bytearray(size)
-            file.readinto(values)
-            digest.update(values)
-            if size and dtype.is_floating_point and not is_finite(torch.frombuffer(values, dtype=dtype)):
-                not_finite.append(name)
-    require_finite(path, not_finite)
+    for path in paths:
+        not_finite = []
+        with path.open("rb") as file:
+            length = file.read(HEADER_LENGTH)
+            header = file.read(int.from_bytes(length, "little"))
+            digest.update(length)
+            digest.update(header)
+            for name, dtype, size in in_order(header):
+                values = bytearray(size)
+                file.readinto(values)
+                digest.update(values)
+                if size and dtype.is_floating_point and not is_finite(torch.frombuffer(values, dtype=dtype)):
+                    not_finite.append(name)
+        require_finite(path, not_finite)
     return digest.hexdigest()
 
 

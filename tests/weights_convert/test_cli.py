@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peers
 import pytest
+from adapter_files import random_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sdxl_ref.adapters.forms import FORMS
 from weights_convert.cli import main
@@ -77,10 +81,12 @@ def test_ctrl_c(module: str, small_refiner_file: Path, capsys: Any, monkeypatch:
     assert capsys.readouterr().err == ("weights-convert: stopped; nothing is at the target that was not there before\n")
 
 
-def test_a_pipe_whose_reader_has_gone(small_refiner_file: Path) -> None:
-    words = [sys.executable, "-m", "weights_convert", "inspect", str(small_refiner_file)]
-    command = ["bash", "-c", 'set -o pipefail; "$@" | head -0', "bash", *words]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("command", ["inspect", "diff"])
+def test_a_pipe_whose_reader_has_gone(command: str, small_refiner_file: Path) -> None:
+    files = [str(small_refiner_file)] * (2 if command == "diff" else 1)
+    words = [sys.executable, "-m", "weights_convert", command, *files]
+    shell = ["bash", "-c", 'set -o pipefail; "$@" | head -0', "bash", *words]
+    result = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (1, "")
 
 
@@ -115,3 +121,55 @@ def test_names_that_a_stream_cannot_show(
     shown = {name: stream.buffer.getvalue().decode("ascii") for name, stream in streams.items()}  # type: ignore[attr-defined]
     assert shown["stdout"].startswith(rf"{tmp_path}/\u732b.safetensors: SDXL-like refiner")
     assert shown["stderr"].startswith(rf"weights-convert: error: {tmp_path}/\u732b.safetensors is there already")
+
+
+@pytest.fixture(scope="module")
+def foreign(small_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file, another one, a folder and an adapter, all with names and metadata in other scripts."""
+    folder = tmp_path_factory.mktemp("桜")
+    state = load_file(small_refiner_file)
+    with safe_open(small_refiner_file, framework="pt") as file:
+        metadata = file.metadata() | {"modelspec.title": "桜ミックス 🌸 v2", "modelspec.author": "名無し"}
+    save_file(state, folder / "桜.safetensors", metadata)
+    save_file(
+        state | {"model_ema.桜": state["first_stage_model.quant_conv.bias"] + 1}, folder / "無.safetensors", metadata
+    )
+    random_file(peers.SMALL_REFINER, folder / "猫.safetensors")
+    assert main(["convert", str(folder / "桜.safetensors"), str(folder / "花"), "--to", "diffusers"]) == 0
+    return folder
+
+
+COMMAND_LINES = {  # and the status
+    "inspect 桜.safetensors": 0,
+    "inspect 花": 0,
+    "inspect 猫.safetensors": 0,
+    "verify 無.safetensors": 0,
+    "diff 桜.safetensors 無.safetensors": 1,
+    "convert 花 {out}/花.safetensors --to official": 0,
+    "convert 無.safetensors {out}/花 --to diffusers": 0,
+    "lora merge 桜.safetensors 猫.safetensors --out {out}/花.safetensors": 0,
+    "inspect 無い.safetensors": 2,
+    "convert 桜.safetensors 花 --to diffusers": 2,
+}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_a_terminal_that_cannot_show_a_name(
+    line: str, encoding: str, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command does its work, and says what it says in escapes."""
+    monkeypatch.chdir(foreign)
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(f"sys.{name}", stream)
+    status = main(line.format(out=tmp_path).split())
+    for stream in streams.values():
+        stream.flush()
+    shown = {name: stream.buffer.getvalue() for name, stream in streams.items()}  # type: ignore[attr-defined]
+    assert status == COMMAND_LINES[line], shown["stderr"]
+    if not line.startswith("verify"):  # which names no file
+        assert rb"\u" in shown["stderr" if status == 2 else "stdout"]
+    assert shown["stderr"].count(b"\n") == (status == 2)
+    if "{out}" in line:
+        assert [path.name.split(".")[0] for path in tmp_path.iterdir()] == ["花"]

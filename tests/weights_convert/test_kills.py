@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from killing import killed_at_size, killed_before
 
+from sdxl_ref.config import InputError
+from sdxl_ref.weights import folder_saving
 from sdxl_ref.weights.leftovers import clear
 from weights_convert.convert import convert
 
@@ -16,7 +18,7 @@ EXCHANGE = {"official": "os.rename", "diffusers": "ctypes.dlsym"}  # what comes 
 
 
 class Conversion:
-    """Of a file over a target that is there already."""
+    """Of a file over a target that is there already; a folder also holds what the layout does not name, and keeps."""
 
     def __init__(self, source: Path, folder: Path, layout: str) -> None:
         self.folder = folder / "targets"
@@ -24,9 +26,13 @@ class Conversion:
         self.target = self.folder / "target"
         self.run = partial(convert, source, self.target, layout, force=True)
         self.run()
-        self.new = contents(self.target)
+        own = (
+            {} if layout == "official" else {"README.md": b"mine", "unet/notes.txt": b"mine", ".git/objects/a": b"mine"}
+        )
+        old = {"": b"old"} if layout == "official" else {"model_index.json": b"{}", "unet/config.json": b"old"}
+        self.new = contents(self.target) | own
         self.largest = max(map(len, self.new.values()))
-        self.old = {"": b"old"} if layout == "official" else {"model_index.json": b"{}", "unet/old": b"old"}
+        self.old = old | own
         self.put_old()
 
     def put_old(self) -> None:
@@ -77,6 +83,22 @@ def test_a_kill_leaves_the_old_or_the_whole_new(conversion: Conversion, layout: 
     assert contents(conversion.target) == conversion.new
     assert not left.exists()
     assert [path.name for path in conversion.folder.iterdir()] == ["target"]
+
+
+def test_where_names_cannot_be_swapped_too(
+    small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the old folder was moved away: the next run finds it, and refuses to replace it unasked."""
+    conversion = Conversion(small_refiner_file, tmp_path, "diffusers")
+    monkeypatch.setattr(folder_saving, "exchange", lambda *_: False)
+    renamed = [killed_before(conversion.run, call, "os.rename") for call in (1,)]
+    assert renamed == [True]
+    assert not conversion.target.exists()
+    with pytest.raises(InputError, match="is there already"):
+        convert(small_refiner_file, conversion.target, "diffusers")
+    assert contents(conversion.target) == conversion.old
+    conversion.run()
+    assert contents(conversion.target) == conversion.new
 
 
 def kill_before(call: str, work: Callable[[], object]) -> None:

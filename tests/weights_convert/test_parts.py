@@ -1,6 +1,8 @@
 """Parts that come from files of their own, and dtypes that no weights have."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,58 @@ def test_a_separate_autoencoder_of_such_a_dtype(
     assert main([str(word) for word in words]) == 2
     assert "has the dtype U16, expected one of F64" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_q_k_and_v_of_several_dtypes_make_a_tensor_that_holds_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "text_encoder_2" / "model.safetensors"
+    state = load_file(path)
+    q, k, v = (f"text_model.encoder.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
+    save_file(state | {k: state[k].float() + 1e-6, v: state[v].bfloat16()}, path)
+    convert(folder, tmp_path / "a.safetensors", "official")
+    found = load_file(tmp_path / "a.safetensors")[
+        "conditioner.embedders.0.model.transformer.resblocks.0.attn.in_proj_weight"
+    ]
+    expected = torch.cat([state[q].float(), state[k].float() + 1e-6, state[v].bfloat16().float()])
+    assert_close(found, expected, rtol=0, atol=0)
+    save_file(state | {k: state[k].to(torch.float8_e4m3fn)}, path)
+    assert main(["convert", str(folder), str(tmp_path / "b.safetensors"), "--to", "official"]) == 2
+    assert "have several dtypes: F16, F8_E4M3, F16" in capsys.readouterr().err
+
+
+def test_a_separate_autoencoder_brings_its_scaling_factor_where_it_says_one(
+    official: Path, converted: Path, tmp_path: Path
+) -> None:
+    """By its `config.json`; a plain file says none, and the model's own stays. Also out of a whole model's folder."""
+    scale = open_checkpoint(official).config.vae.scale_factor
+    shutil.copytree(converted, tmp_path / "model")
+    config = tmp_path / "model" / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    convert(tmp_path / "model" / "vae", tmp_path / "plain.safetensors", "official")
+    save_file(load_file(tmp_path / "plain.safetensors"), tmp_path / "plain.safetensors")  # without metadata
+    for vae, expected in ((tmp_path / "model", 0.5), (config.parent, 0.5), (tmp_path / "plain.safetensors", scale)):
+        report = str(convert(official, tmp_path / "a.safetensors", "official", vae=vae, force=True))
+        assert open_checkpoint(tmp_path / "a.safetensors").config.vae.scale_factor == expected
+        assert ("vae: the scaling factor 0.5 of" in report) == (expected == 0.5)
+        convert(converted, tmp_path / "folder", "diffusers", vae=vae, force=True)
+        assert open_checkpoint(tmp_path / "folder").config.vae.scale_factor == expected
+
+
+@pytest.mark.parametrize("option", ["--vae", "--openclip"])
+def test_a_file_that_holds_no_such_part(
+    option: str, small_refiner_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"latents": torch.zeros(1, 4, 8, 8)}, tmp_path / "a.safetensors")
+    words = [
+        "convert",
+        small_refiner_file,
+        tmp_path / "b.safetensors",
+        "--to",
+        "official",
+        option,
+        tmp_path / "a.safetensors",
+    ]
+    assert main([str(word) for word in words]) == 2
+    part = "autoencoder" if option == "--vae" else "OpenCLIP bigG text encoder"
+    assert capsys.readouterr().err == f"weights-convert: error: {tmp_path / 'a.safetensors'} holds no {part}\n"

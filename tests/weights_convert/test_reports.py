@@ -148,6 +148,106 @@ def test_diff_of_values_that_are_no_numbers(own: Path, tmp_path: Path, capsys: p
     assert "nan" in out
 
 
+def test_diff_tells_a_dtype_from_values_and_sorts_by_distance(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same values in a wider dtype, rounded ones in a narrower one, and others; the furthest first."""
+    state = {key: value.float() + 1e-6 for key, value in load_file(own).items()}
+    names = sorted(key for key in state if key.startswith("model.diffusion_model.output_blocks"))
+    wider, narrower, bfloat, both, near, far = names[:6]
+    with safe_open(own, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(state, tmp_path / "a.safetensors", metadata)
+    changes = {
+        wider: state[wider].double(),
+        narrower: state[narrower].half(),
+        bfloat: state[bfloat].bfloat16(),
+        both: state[both].half() * 2,
+        near: state[near] * 1.001,
+        far: state[far] * 1.5,
+    }
+    save_file(state | changes, tmp_path / "b.safetensors", metadata)
+    status, out, _ = run(capsys, "diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert status == 1
+    lines = out.splitlines()
+    assert lines[0] == f"{len(state) - 6} tensors are equal, 3 differ"
+    assert lines[1:5] == [
+        f"1 of another dtype: {both}",
+        f"1 of another dtype alone (F32 → F64, the same values): {wider}",
+        f"1 of another dtype alone (F32 → F16, rounded): {narrower}",
+        f"1 of another dtype alone (F32 → BF16, rounded): {bfloat}",
+    ]
+    assert lines[5].split() == ["tensor", "relative", "largest"]
+    assert [line.split()[0] for line in lines[6:]] == [both, far, near]
+    assert [float(line.split()[1]) for line in lines[6:]] == pytest.approx([1, 0.5, 0.001], rel=0.01)
+    status, out, _ = run(capsys, "diff", tmp_path / "b.safetensors", tmp_path / "a.safetensors", "--json")
+    found = json.loads(out)
+    assert status == 1
+    assert found["of another dtype alone"]["F16 → F32, rounded"] == [narrower]
+    assert set(found["of another dtype"]) == {wider, narrower, bfloat, both}
+    assert {each["key"] for each in found["different"]} == {both, near, far}
+
+
+def test_diff_of_a_model_in_another_dtype_is_one_line(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(own)
+    with safe_open(own, framework="pt") as file:
+        save_file({key: value.float() for key, value in state.items()}, tmp_path / "a.safetensors", file.metadata())
+    status, out, _ = run(capsys, "diff", own, tmp_path / "a.safetensors")
+    assert status == 1
+    first, second = out.splitlines()
+    assert first == "0 tensors are equal, 0 differ"
+    assert second.startswith(f"{len(state)} of another dtype alone (F16 → F32, the same values): ")
+
+
+def test_diff_counts_what_it_does_not_show(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = load_file(own)
+    with safe_open(own, framework="pt") as file:
+        save_file({key: value + 1 for key, value in state.items()}, tmp_path / "a.safetensors", file.metadata())
+    _, out, _ = run(capsys, "diff", own, tmp_path / "a.safetensors")
+    assert out.splitlines()[-1] == f"and {len(state) - 40} others, which differ less"
+
+
+def test_one_part_alone_is_verified_and_compared(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In whatever layout; not with another part, nor with a whole model."""
+    for part in ("vae", "unet"):
+        convert(own, tmp_path / f"{part}.safetensors", "official", part=part)
+        convert(own, tmp_path / part, "diffusers", part=part)
+        assert run(capsys, "diff", tmp_path / f"{part}.safetensors", tmp_path / part)[0] == 0
+        status, out, _ = run(capsys, "verify", tmp_path / part)
+        assert status == 0
+        assert f"tensors of an SDXL {'UNet' if part == 'unet' else 'autoencoder'}" in out
+    for second in (tmp_path / "unet", own):
+        status, _, err = run(capsys, "diff", tmp_path / "vae", second)
+        assert status == 2
+        assert "they have no tensors to compare" in err
+
+
+# --- the pocket pair ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pocket-base", "pocket-refiner"])
+def test_the_pocket_pair_by_its_names(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As every command takes them, and `pocket` where the other file tells which."""
+    target = tmp_path / "a.safetensors"
+    for words in (
+        ["inspect", name],
+        ["verify", name],
+        ["convert", name, target, "--to", "official", "--vae", name],
+        ["diff", name, name],
+        ["diff", name, "pocket"],
+        ["diff", "pocket", name],
+        ["convert", name, target, "--to", "official", "--vae", "pocket", "--openclip", "pocket", "--force"],
+        ["convert", name, tmp_path / "vae", "--to", "diffusers", "--part", "vae"],
+    ):
+        status, _, err = run(capsys, *words)
+        assert (status, err) == (0, ""), words
+    status, _, err = run(capsys, "diff", "pocket", "pocket")
+    assert status == 2
+    assert "the pocket pair is two models" in err
+
+
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], small_refiner_file: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"x")
     (tmp_path / "x.safetensors").write_bytes(b"x")

@@ -1,17 +1,24 @@
 """From the official file to diffusers' folder and back: bit for bit, extras and metadata included."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from sdxl_ref.config import ModelConfig
+from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.folder import EXTRAS_FILE
-from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.opening import POCKET, open_checkpoint
 from weights_convert.cli import main
 from weights_convert.convert import convert
+from weights_convert.folder_settings import SETTINGS_KEY
 from weights_convert.reports import own_hash
 from weights_convert.stream import EMPTY_HASH, HASH_KEY
 
@@ -75,3 +82,192 @@ def test_the_hash_goes_into_its_own_field(small_refiner_file: Path, tmp_path: Pa
     assert found[HASH_KEY] != EMPTY_HASH
     [verdict] = own_hash(open_checkpoint(tmp_path / "out.safetensors"))
     assert verdict.holds
+
+
+# --- the same set of tensors, and what the file said -----------------------------------------------------------------
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def there_and_back(source: Path, folder: Path) -> Path:
+    convert(source, folder / "model", "diffusers")
+    convert(folder / "model", folder / "back.safetensors", "official")
+    return folder / "back.safetensors"
+
+
+@pytest.mark.parametrize("name", POCKET)
+def test_the_pocket_pair_goes_there_and_back(name: str, tmp_path: Path) -> None:
+    back = there_and_back(Path(name), tmp_path)
+    assert_close(load_file(back), load_file(POCKET[name]), rtol=0, atol=0)
+    assert metadata_of(back).items() >= metadata_of(POCKET[name]).items()
+    again = tmp_path / "again"
+    again.mkdir()
+    assert metadata_of(there_and_back(back, again)) == metadata_of(back)
+
+
+@pytest.mark.parametrize("without", ["denoiser.sigmas", "logit_scale", "denoiser.sigmas|logit_scale|model_ema.decay"])
+def test_what_a_file_has_not_it_has_not_afterwards(official: Path, tmp_path: Path, without: str) -> None:
+    state = {key: value for key, value in load_file(official).items() if not key.endswith(tuple(without.split("|")))}
+    metadata = metadata_of(official) | {"modelspec.title": "A fine-tune", "ss_tag_frequency": "{}"}
+    save_file(state, tmp_path / "a.safetensors", metadata)
+    back = there_and_back(tmp_path / "a.safetensors", tmp_path)
+    assert_close(load_file(back), state, rtol=0, atol=0)
+    assert metadata_of(back).items() >= metadata.items()
+
+
+def test_a_folder_of_ours_is_copied_with_all_that_it_had(official: Path, tmp_path: Path) -> None:
+    convert(official, tmp_path / "first", "diffusers")
+    convert(tmp_path / "first", tmp_path / "second", "diffusers")
+    names = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file())
+    assert names == sorted(
+        path.relative_to(tmp_path / "second") for path in (tmp_path / "second").rglob("*") if path.is_file()
+    )
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+# --- the configuration that was read ---------------------------------------------------------------------------------
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def fields_of(path: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(path.read_text())
+    return fields
+
+
+def test_an_edited_scaling_factor_survives(folder: Path, tmp_path: Path) -> None:
+    """Although the folder was made of a file whose metadata say another one."""
+    assert CONFIG_KEY in open_checkpoint(folder).metadata
+    edit(folder / "vae" / "config.json", scaling_factor=0.5)
+    convert(folder, tmp_path / "a.safetensors", "official")
+    assert open_checkpoint(tmp_path / "a.safetensors").config.vae.scale_factor == 0.5
+    assert ModelConfig.from_json(metadata_of(tmp_path / "a.safetensors")[CONFIG_KEY]).vae.scale_factor == 0.5
+    for source, target in ((tmp_path / "a.safetensors", tmp_path / "b"), (folder, tmp_path / "c")):
+        convert(source, target, "diffusers")
+        assert fields_of(target / "vae" / "config.json")["scaling_factor"] == 0.5
+        assert open_checkpoint(target).config.vae.scale_factor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"), [("unet", "sample_size", 64), ("text_encoder_2", "hidden_act", "quick_gelu")]
+)
+def test_other_edited_sizes_survive(folder: Path, tmp_path: Path, file: str, field: str, value: Any) -> None:
+    edit(folder / file / "config.json", **{field: value})
+    expected = open_checkpoint(folder).config
+    convert(folder, tmp_path / "a.safetensors", "official")
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers")
+    assert open_checkpoint(tmp_path / "a.safetensors").config == expected
+    assert open_checkpoint(tmp_path / "b").config == expected
+    assert fields_of(tmp_path / "b" / file / "config.json")[field] == value
+
+
+def test_a_file_that_predicts_v_stays_one(small_refiner_file: Path, tmp_path: Path) -> None:
+    config = replace(open_checkpoint(small_refiner_file).config, prediction="v")
+    metadata = {CONFIG_KEY: config.to_json(), "modelspec.prediction_type": "v_prediction"}
+    save_file(load_file(small_refiner_file), tmp_path / "v.safetensors", metadata)
+    convert(tmp_path / "v.safetensors", tmp_path / "model", "diffusers")
+    assert fields_of(tmp_path / "model" / "scheduler" / "scheduler_config.json")["prediction_type"] == "v_prediction"
+    convert(tmp_path / "v.safetensors", tmp_path / "again.safetensors", "official")
+    found = open_checkpoint(tmp_path / "again.safetensors")
+    assert found.config.prediction == "v"
+    assert found.metadata.items() >= metadata.items()
+
+
+def test_what_a_files_header_says_of_the_prediction_is_brought_up_to_its_configuration(
+    small_refiner_file: Path, tmp_path: Path
+) -> None:
+    config = replace(open_checkpoint(small_refiner_file).config, prediction="v")
+    metadata = {CONFIG_KEY: config.to_json(), "modelspec.prediction_type": "epsilon"}
+    save_file(load_file(small_refiner_file), tmp_path / "v.safetensors", metadata)
+    prediction = open_checkpoint(tmp_path / "v.safetensors").config.prediction
+    convert(tmp_path / "v.safetensors", tmp_path / "again.safetensors", "official")
+    found = metadata_of(tmp_path / "again.safetensors")
+    assert found["modelspec.prediction_type"] == prediction
+    assert ModelConfig.from_json(found[CONFIG_KEY]).prediction == prediction
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        (SCHEDULER, {"timestep_spacing": "trailing"}),
+        (SCHEDULER, {"use_karras_sigmas": True}),
+        (SCHEDULER, {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"}),
+        ("model_index.json", {"force_zeros_for_empty_prompt": True}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_folders_settings_survive_there_and_back_and_are_told(
+    folder: Path, tmp_path: Path, file: str, fields: dict[str, Any]
+) -> None:
+    """An official file has no place for them: its metadata keep them for the next folder."""
+    edit(folder / file, **fields)
+    if "_class_name" in fields:
+        edit(folder / "model_index.json", scheduler=["diffusers", fields["_class_name"]])
+    own = fields_of(folder / file)
+    report = str(convert(folder, tmp_path / "a.safetensors", "official"))
+    told = ", ".join(f"{name} {value!r}" for name, value in fields.items())
+    assert f"an official file has no place for the folder's {told}: kept in the metadata" in report
+    convert(tmp_path / "a.safetensors", tmp_path / "back", "diffusers")
+    convert(folder, tmp_path / "copy", "diffusers")
+    for target in (tmp_path / "back", tmp_path / "copy"):
+        assert fields_of(target / file).items() >= own.items()
+        assert fields_of(target / "model_index.json")["scheduler"][1] == fields_of(target / SCHEDULER)["_class_name"]
+
+
+def test_a_setting_that_is_absent_is_not_written_as_sdxls(folder: Path, tmp_path: Path) -> None:
+    """diffusers' Euler without `timestep_spacing` is "linspace"."""
+    own = fields_of(folder / SCHEDULER)
+    del own["timestep_spacing"]
+    (folder / SCHEDULER).write_text(json.dumps(own))
+    report = str(convert(folder, tmp_path / "a.safetensors", "official"))
+    assert "no place for the folder's no timestep_spacing: kept" in report
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers")
+    assert "timestep_spacing" not in fields_of(tmp_path / "b" / SCHEDULER)
+
+
+def test_settings_that_are_sdxls_are_not_kept(folder: Path, tmp_path: Path) -> None:
+    """As diffusers 0.42 writes them, with every field that the scheduler has."""
+    from diffusers import EulerDiscreteScheduler
+
+    EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler").save_pretrained(folder / "scheduler")
+    assert "final_sigmas_type" in fields_of(folder / SCHEDULER)
+    report = str(convert(folder, tmp_path / "a.safetensors", "official"))
+    assert "no place for the folder's" not in report
+    assert SETTINGS_KEY not in metadata_of(tmp_path / "a.safetensors")
+
+
+def test_settings_of_an_earlier_folder_do_not_come_back(folder: Path, tmp_path: Path) -> None:
+    usual = (folder / SCHEDULER).read_text()
+    edit(folder / SCHEDULER, timestep_spacing="trailing")
+    convert(folder, tmp_path / "a.safetensors", "official")
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers")
+    (tmp_path / "b" / SCHEDULER).write_text(usual)
+    convert(tmp_path / "b", tmp_path / "c.safetensors", "official")
+    assert SETTINGS_KEY not in metadata_of(tmp_path / "c.safetensors")
+
+
+def test_what_is_no_part_of_sdxls_is_left_out_and_told(folder: Path, tmp_path: Path) -> None:
+    edit(
+        folder / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"], image_encoder=[None] * 2
+    )
+    report = str(convert(folder, tmp_path / "copy", "diffusers"))
+    assert "feature_extractor: left out" in report
+    found = fields_of(tmp_path / "copy" / "model_index.json")
+    assert "feature_extractor" not in found
+    assert found["image_encoder"] == [None, None]
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", '{"model_index.json": 3}'])
+def test_metadata_that_keep_no_settings(small_refiner_file: Path, tmp_path: Path, text: str) -> None:
+    metadata = metadata_of(small_refiner_file) | {SETTINGS_KEY: text}
+    save_file(load_file(small_refiner_file), tmp_path / "a.safetensors", metadata)
+    assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "model"), "--to", "diffusers"]) == 2

@@ -26,11 +26,18 @@ def run(a: argparse.Namespace) -> int:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """What differs, the furthest first."""
+    """What is equal in one line, what differs in dtype alone, and what differs in values, the furthest first."""
     print(f"{comparison.equal} tensors are equal, {len(comparison.different)} differ")
+    by_dtype_alone = {key for names in comparison.dtype_alone.values() for key in names}
     for problem, names in comparison.mismatches.items():
-        if names:
-            print(f"{len(names)} {problem}: {first_of(names, SHOWN_NAMES)}")
-    rows = [(d.key, f"{d.largest:.3g}", f"{d.relative:.3g}") for d in comparison.different[:SHOWN_DIFFERENCES]]
+        others = [name for name in names if name not in by_dtype_alone]
+        if others:
+            print(f"{len(others)} {problem}: {first_of(others, SHOWN_NAMES)}")
+    for dtypes, names in comparison.dtype_alone.items():
+        print(f"{len(names)} of another dtype alone ({dtypes}): {first_of(names, SHOWN_NAMES)}")
+    shown = comparison.different[:SHOWN_DIFFERENCES]
+    rows = [(d.key, f"{d.relative:.3g}", f"{d.largest:.3g}") for d in shown]
     if rows:
-        print_table([("tensor", "largest", "relative"), *rows])
+        print_table([("tensor", "relative", "largest"), *rows])
+    if len(comparison.different) > len(shown):
+        print(f"and {len(comparison.different) - len(shown)} others, which differ less")

@@ -1,8 +1,8 @@
-"""`weights-convert inspect`: what a file or folder is: parts, sizes, dtypes, extras, VAE."""
+"""`weights-convert inspect`: what a file or folder is: a model, a part of one or an adapter; sizes, dtypes, extras."""
 
 import argparse
 
-from sdxl_ref.weights.report import describe
+from sdxl_ref.adapters.report import describe_any
 from weights_convert.commands.common import add_reading_options, print_json
 
 
@@ -12,7 +12,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    description = describe(a.path, a.variant)
+    description = describe_any(a.path, a.variant)
     if a.json:
         print_json(description.to_json())
     else:
