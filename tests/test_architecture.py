@@ -41,6 +41,8 @@ OPTIONAL = {
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {"weights.folder", "weights.hub", "weights.identify"},  # kinds of checkpoint
     "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
+    "commands.common": {"commands.kept"},  # something lies at a target, or beside it
+    "cli": {"commands.memory"},  # an error that may be the memory's
     "pipelines.calling": {"adapters.active", "pictures.watermark", "weights.offload"},  # what a run may ask for
 }
 LONGEST_FILE = 350  # lines

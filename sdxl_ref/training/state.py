@@ -2,45 +2,24 @@
 
 import csv
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError
+from sdxl_ref.weights import locking
 from sdxl_ref.weights.saving import replacing
 from sdxl_ref.weights.tensor_files import read_metadata
-
-if sys.platform != "win32":
-    import fcntl
 
 STATE = "state.safetensors"
 LOG = "log.csv"
 COLUMNS = ["step", "loss", "gradient_norm", "learning_rate", "seconds"]
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Nobody else works in a folder meanwhile; InputError where a run does. It ends with the process, however it ends.
-
-    A file system without locks (and Windows) is trusted.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise InputError(f"could not write to the folder {folder}: {error.strerror}") from error
-    with file:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                remedy = "wait for its end, or use another folder"
-                raise InputError(f"another run is at work in {folder}: {remedy}") from error
-            except OSError:
-                pass
-        yield
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """Nobody else works in a folder meanwhile; InputError where a run does. It ends with the process, however it ends."""
+    return locking.locked(folder, f"another run is at work in {folder}: wait for its end, or use another folder")
 
 
 def check_same(folder: Path, identity: Mapping[str, object], partly: bool = False) -> dict[str, str]:
