@@ -20,19 +20,18 @@ def prepare(target: Path, read: Sequence[object]) -> None:
 
     `read` are paths, names of models, and addresses. Of a folder every file below it counts as read, through links too.
     """
-    if os.path.exists(target):
-        for source in read:
-            check_apart(target, source)
+    for source in read:
+        check_apart([target], source)
     clear(Path(os.path.realpath(target)).parent)
 
 
-def check_apart(target: Path, source: object) -> None:
-    """InputError where a target that exists is a file of a source, by whatever name."""
-    wanted = inode(target)
-    for path in files_of(source):
-        if os.path.isfile(path) and inode(path) == wanted:
+def check_apart(targets: Sequence[Path], source: object) -> None:
+    """InputError where one of the targets is there and is a file of a source, by whatever name."""
+    inodes = {inode(target): target for target in targets if os.path.exists(target)}
+    for path in files_of(source) if inodes else ():
+        if os.path.isfile(path) and inode(path) in inodes:
             whose = "" if str(path) == str(source) else f", as a file of {source}"
-            raise InputError(f"cannot write {target}: it is read{whose}: name another one")
+            raise InputError(f"cannot write {inodes[inode(path)]}: it is read{whose}: choose another place")
 
 
 def files_of(source: object) -> Iterator[str | Path]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import locking
+from sdxl_ref.weights.regular import check_regular
 from sdxl_ref.weights.saving import replacing
 from sdxl_ref.weights.tensor_files import read_metadata
 
@@ -18,7 +19,7 @@ COLUMNS = ["step", "loss", "gradient_norm", "learning_rate", "seconds"]
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
-    """Nobody else works in a folder meanwhile; InputError where a run does. It ends with the process, however it ends."""
+    """Nobody else works in a folder meanwhile; InputError where a run does. The lock ends with the process."""
     return locking.locked(folder, f"another run is at work in {folder}: wait for its end, or use another folder")
 
 
@@ -30,6 +31,7 @@ def check_same(folder: Path, identity: Mapping[str, object], partly: bool = Fals
     path = folder / STATE
     if not path.exists():
         return {}
+    check_regular(path)
     try:
         metadata = read_metadata(path)
         saved = dict(json.loads(metadata["identity"]))
@@ -75,6 +77,7 @@ def read_rows(path: Path) -> list[list[str]]:
     """The rows of a table, none if there is no file. InputError where it cannot be read."""
     if not path.exists():
         return []
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
         return list(csv.reader(text.splitlines()))

@@ -1,12 +1,12 @@
 """One process at a time: locks that end with the process that has them, however it ends."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sdxl_ref.config import InputError
+from sdxl_ref.weights.regular import check_regular
 
 if sys.platform != "win32":
     import fcntl
@@ -19,8 +19,7 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
     A file system without locks (and Windows) is trusted.
     """
     path = folder / ".lock"
-    if os.path.exists(path) and not path.is_file():
-        raise InputError(f"{path} is no file: delete it, or use another folder")
+    check_regular(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a")

@@ -68,7 +68,9 @@ def test_all_of_a_models_folder_is_read(
     Path("link").symlink_to("model/unet/model.safetensors")
     os.link("model/unet/model.safetensors", "hard")
     assert refine(checkpoint="model", **{"out": "out.png", option: target}) == 2
-    assert_one_line(capsys.readouterr().err, f"cannot write {target}: it is read, as a file of model: name another one")
+    assert_one_line(
+        capsys.readouterr().err, f"cannot write {target}: it is read, as a file of model: choose another place"
+    )
     assert Path(target).read_text() == "precious"
     assert not Path("out.png").exists()
 

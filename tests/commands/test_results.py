@@ -76,8 +76,8 @@ def test_what_is_read_is_not_written(
         assert refine("in.png", **changes) == 2
         error = capsys.readouterr().err
         is_twin = str(changes.get("save_latents")).endswith("out.png")
-        reason = "another result is written there" if is_twin else "it is read"
-        assert_one_line(error, f"{reason}: name another one")
+        reason = "another result is written there: name" if is_twin else "it is read: choose another place"
+        assert_one_line(error, reason)
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(os.listdir()) == ["here", "in.png", "link.png"]
 
