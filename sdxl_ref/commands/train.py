@@ -34,7 +34,7 @@ from sdxl_ref.training.processes import (
     this_process,
 )
 from sdxl_ref.training.results import ADAPTERS, CHECKPOINT, write_adapter, write_checkpoint
-from sdxl_ref.training.state import LOG, STATE, check_same
+from sdxl_ref.training.state import LOG, STATE, check_same, read_log
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, build_empty, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
 
@@ -195,6 +195,8 @@ def identity(a: argparse.Namespace, plan: Plan) -> dict[str, object]:
         "dtype": a.dtype,
     }
     results = [a.out / name for name in (CHECKPOINT, *ADAPTERS.values()) if (a.out / name).exists()]
+    if read_log(a.out):
+        results.append(a.out / LOG)
     if not check_same(a.out, run_identity, partly=True) and results:
         problem = f"found {results[0]}, but no state of the run that wrote it"
         raise InputError(f"{problem}: move it, or choose another --out")

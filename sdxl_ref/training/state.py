@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -61,16 +62,28 @@ def first_difference(name: str, saved: Any, current: Any) -> tuple[str, Any, Any
 
 
 def truncate_log(folder: Path, step: int) -> None:
-    """Keep the log's rows up to the step of the state: later ones are computed again. InputError for another table."""
+    """Keep the log's rows up to the step of the state: later ones are computed again. InputError as of `read_log`."""
+    path = folder / LOG
+    rows = read_log(folder)
+    done = [row for row in rows if row and step_of(row) <= step]
+    if read_rows(path) != [COLUMNS, *done]:
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *done])
+
+
+def read_log(folder: Path) -> list[list[str]]:
+    """The rows of a run's log below its first one, none if there is no log. InputError for another table."""
     path = folder / LOG
     rows = read_rows(path)
     if rows and rows[0] != COLUMNS:
         expected = f"expected a log of a run, whose first line is {','.join(COLUMNS)}"
         raise InputError(f"{expected}, found {','.join(rows[0])[:60]!r} in {path}: move it, or use another folder")
-    done = [row for row in rows if row and row[0].isdecimal() and int(row[0]) <= step]
-    if rows != [COLUMNS, *done]:
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *done])
+    return rows[1:]
+
+
+def step_of(row: list[str]) -> float:
+    """The step of a row; of a damaged one infinity."""
+    return int(row[0]) if row[0].isdecimal() and len(row[0]) < 20 else math.inf
 
 
 def read_rows(path: Path) -> list[list[str]]:

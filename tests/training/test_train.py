@@ -106,6 +106,20 @@ def test_what_is_in_the_folder_is_not_overwritten(
     assert [path.name for path in tmp_path.iterdir()] == [adapter.name]
     assert adapter.read_bytes() == b"precious"
     adapter.unlink()
+    log = tmp_path / "log.csv"
+    for text, message in (
+        (
+            "step,loss,gradient_norm,learning_rate,seconds\n1,0.5,1,0.1,3\n",
+            "log.csv, but no state of the run that wrote",
+        ),
+        ("name,price\ncup,3\n", "expected a log of a run, whose first line is step,loss,gradient_norm"),
+    ):
+        log.write_text(text)
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+        assert log.read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == [log.name]
+    log.unlink()
     with locked(tmp_path):
         assert main(words) == 2
     assert "another run is at work in" in capsys.readouterr().err
