@@ -89,18 +89,18 @@ def check_writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
     """
     targets = [path for path in paths if path is not None]
     places = [os.path.realpath(path) for path in targets]
+    folders = [Path(place).parent for place in places]  # of what a link points to
     for i, path in enumerate(targets):
         if places[i] in places[:i] + places[i + 1 :]:
             raise InputError(f"cannot write {path}: another result is written there: name another one")
         is_short = len(os.fsencode(path.name)) <= 255
         is_free = os.path.isfile(path) or not os.path.lexists(path)
-        folder = os.path.dirname(places[i])  # of what a link points to
-        if not (is_short and is_free and os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        if not (is_short and is_free and os.path.isdir(folders[i]) and os.access(folders[i], os.W_OK)):
             raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
-        if os.path.exists(path) or any(Path(folder).glob(f"{PREFIX}*")):
-            from sdxl_ref.commands.kept import prepare
+    if any(map(os.path.exists, targets)) or any(any(folder.glob(f"{PREFIX}*")) for folder in set(folders)):
+        from sdxl_ref.commands.kept import prepare
 
-            prepare(path, read)
+        prepare(targets, read)
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,14 +15,15 @@ ADAPTER_CONFIG = "adapter_config.json"  # PEFT's; read with the adapter that it 
 Inode = tuple[int, int]
 
 
-def prepare(target: Path, read: Sequence[object]) -> None:
-    """InputError where a target is a file that is read; else what killed processes left beside it is deleted.
+def prepare(targets: Sequence[Path], read: Sequence[object]) -> None:
+    """InputError where a target is a file that is read; else what killed processes left beside them is deleted.
 
     `read` are paths, names of models, and addresses. Of a folder every file below it counts as read, through links too.
     """
     for source in read:
-        check_apart([target], source)
-    clear(Path(os.path.realpath(target)).parent)
+        check_apart(targets, source)
+    for folder in {Path(os.path.realpath(target)).parent for target in targets}:
+        clear(folder)
 
 
 def check_apart(targets: Sequence[Path], source: object) -> None:
