@@ -113,6 +113,10 @@ def run(name: str, work: Callable[[], int], stopped: str = "stopped") -> int:
     except KeyboardInterrupt:
         print(f"{name}: {stopped}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        from sdxl_ref.commands.memory import tell
+
+        return tell(name, error)
     except OSError as error:  # standard output is full, or (a broken pipe) whoever read it has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):

@@ -18,11 +18,15 @@ from urllib.parse import unquote, urlparse
 
 
 class Hub:
-    """Serves folders as repositories: `repositories["owner/name"] = folder`. `requests` are the paths asked for."""
+    """Serves folders as repositories: `repositories["owner/name"] = folder`.
+
+    `requests` are the paths asked for. Of a file from a hub that `is_slow` the second half never comes.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Path] = {}
         self.requests: list[str] = []
+        self.is_slow = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -50,14 +54,22 @@ class Hub:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data) - begin))
                 self.end_headers()
-                if body:
-                    self.wfile.write(data[begin:])
+                if not body:
+                    return
+                if hub.is_slow and "ETag" in headers:
+                    self.wfile.write(data[: len(data) // 2])
+                    self.wfile.flush()
+                    hub.closed.wait()
+                    return
+                self.wfile.write(data[begin:])
 
+        self.closed = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -96,9 +108,17 @@ class Hub:
 
 def run(code: str, hub: Hub, cache: Path, *, offline: bool = False) -> subprocess.CompletedProcess[str]:
     """A program in a process whose hub is this one, and whose cache and current folder is `cache`."""
+    process = start(code, hub, cache, offline=offline)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start(code: str, hub: Hub, cache: Path, *, offline: bool = False) -> subprocess.Popen[str]:
+    """As `run`, without waiting for its end."""
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     if offline:
         settings["HF_HUB_OFFLINE"] = "1"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | settings
     program = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(program, env=environment, capture_output=True, text=True, cwd=cache)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(program, env=environment, cwd=cache, **pipes)  # type: ignore[call-overload, no-any-return]

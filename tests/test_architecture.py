@@ -41,7 +41,8 @@ OPTIONAL = {
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {"weights.folder", "weights.hub", "weights.identify"},  # kinds of checkpoint
     "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
-    "commands.common": {"commands.adapter_options"},  # `--lora`
+    "commands.common": {"commands.adapter_options", "commands.kept"},  # `--lora`; what lies at a target
+    "cli": {"commands.memory"},  # an error that may be the memory's
     "pipelines.calling": {"adapters.active", "pictures.watermark", "weights.offload"},  # what a run may ask for
 }
 LONGEST_FILE = 350  # lines

@@ -82,7 +82,7 @@ class Networks:
     def dataset(self, folder: Path, cache: Path, **options: Any) -> Dataset:
         self.calls.clear()
         fingerprints = {name: fingerprint(part) for name, part in self.parts.items()}
-        return Dataset(read_folder(folder), cache, self.config, self.parts, fingerprints, **options)
+        return Dataset(read_folder(folder).examples, cache, self.config, self.parts, fingerprints, **options)
 
 
 def networks(kind: str) -> Networks:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_ref.adapters import lora, writing
-from sdxl_ref.adapters.factors import Factors
+from sdxl_ref.adapters.factors import HIGHEST_RANK, Factors
 from sdxl_ref.adapters.lora import Adapter
 from sdxl_ref.adapters.places import Place, matrices
 from sdxl_ref.config import InputError, ModelConfig
@@ -73,8 +73,8 @@ def extract(
     first: str | Path, second: str | Path, target: str | Path, rank: int, form: str = "kohya", force: bool = False
 ) -> Report:
     """The best adapter of a rank that takes the first checkpoint to the second (singular values, layer by layer)."""
-    if rank < 1:
-        raise InputError(f"the rank must be at least 1, found {rank}")
+    if not 1 <= rank <= HIGHEST_RANK:
+        raise InputError(f"the rank must be from 1 to {HIGHEST_RANK}, found {rank}")
     a = open_checkpoint(first)
     b = open_checkpoint(second)
     if problems := differences(weights(a), weights(b)):  # not of their metadata, which may be absent

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HIGHEST_RANK = 4_096  # no matrix of SDXL has a smaller side above it but the largest, and more is of no use
+
 
 @dataclass(frozen=True)
 class Factors:

@@ -22,6 +22,7 @@ from sdxl_ref.adapters.places import Place, adapted_parts, places
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.weights.checkpoint import by_sides
 from sdxl_ref.weights.layouts import PARTS, part_rules
+from sdxl_ref.weights.regular import check_regular
 from sdxl_ref.weights.tensor_files import is_finite, is_pickle, open_tensors, read_metadata
 
 ROLES: dict[str, Role] = {
@@ -93,6 +94,7 @@ def read(path: str | Path) -> dict[str, Factors]:
     path = Path(path)
     if is_pickle(path):
         raise InputError(f"{path} is a pickle, which can run any code when opened: expected a safetensors file")
+    check_regular(path)
     with open_tensors(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})

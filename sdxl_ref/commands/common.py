@@ -19,7 +19,7 @@ from sdxl_ref.diffusion.samplers import SAMPLERS
 from sdxl_ref.pictures.images import png_chunks
 from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
 from sdxl_ref.weights.checkpoint import Checkpoint
-from sdxl_ref.weights.saving import replacing
+from sdxl_ref.weights.saving import PREFIX, replacing
 
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale")  # fields of a request
 SAMPLING = ("sampler", "spacing", "karras", *SAMPLER_OPTIONS)
@@ -80,17 +80,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
-    """InputError unless files can be written there, on none that is read: found out before the work, not after it."""
+    """InputError unless files can be written there, on none that is read: found out before the work, not after it.
+
+    `read` is all that the command reads: files, folders with all that is in them, names of models.
+    """
     targets = [path for path in paths if path is not None]
-    places = [os.path.realpath(str(path)) for path in (*targets, *read)]
+    places = [os.path.realpath(path) for path in targets]
+    folders = [Path(place).parent for place in places]  # of what a link points to
     for i, path in enumerate(targets):
         if places[i] in places[:i] + places[i + 1 :]:
-            raise InputError(f"cannot write {path}: another file is read or written there: name another one")
+            raise InputError(f"cannot write {path}: another result is written there: name another one")
         is_short = len(os.fsencode(path.name)) <= 255
         is_free = os.path.isfile(path) or not os.path.lexists(path)
-        folder = os.path.dirname(places[i])  # of what a link points to
-        if not (is_short and is_free and os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        if not (is_short and is_free and os.path.isdir(folders[i]) and os.access(folders[i], os.W_OK)):
             raise InputError(f"cannot write {path}: expected a file name in an existing, writable folder")
+    if any(map(os.path.exists, targets)) or any(any(folder.glob(f"{PREFIX}*")) for folder in set(folders)):
+        from sdxl_ref.commands.kept import prepare
+
+        prepare(targets, read)
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:

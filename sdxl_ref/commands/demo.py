@@ -36,7 +36,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    check_writable(a.out)
+    check_writable(a.out, read=["pocket"])
     began = time.perf_counter()
     pipe = EnsemblePipeline.from_pretrained("pocket", "pocket")
     print("The pocket pair: SDXL's architecture at tiny widths, trained by this package on drawn scenes of 128 pixels.")

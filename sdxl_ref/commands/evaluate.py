@@ -38,7 +38,8 @@ def run(a: argparse.Namespace) -> None:
     chosen = evaluate.prompts(a.prompts)
     if a.out.exists() and not a.out.is_dir():
         raise InputError(f"expected a folder, or the name of a new one, as --out, found the file {a.out}")
-    check_writable(*([a.out / name for name in FILES] if a.out.is_dir() else [a.out]))
+    outs = [a.out / name for name in FILES] if a.out.is_dir() else [a.out]
+    check_writable(*outs, read=[a.base, a.refiner])
     base = TextToImagePipeline.from_pretrained(a.base)
     refiner = ImageToImagePipeline.from_pretrained(a.refiner)
     painters = Painters(base, refiner, a.steps, a.guidance_scale)

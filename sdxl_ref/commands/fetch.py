@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.hub import REPOSITORIES, fetch
+from sdxl_ref.weights.fetching import REPOSITORIES, fetch
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -18,5 +18,5 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     if not a.out.is_dir():
         raise InputError(f"expected an existing folder, found {a.out}")
-    path = fetch(a.model, a.out, revision=a.revision)
-    print(f"{path}: sha256 is the official one")
+    path, is_new = fetch(a.model, a.out, revision=a.revision)
+    print(f"{path}{'' if is_new else ' is there already'}: sha256 is the official one")

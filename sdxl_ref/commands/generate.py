@@ -92,8 +92,8 @@ def check(a: argparse.Namespace) -> None:
         raise InputError("--switch… is the ensemble's, --two-stage has none: give one of them")
     if a.out is not None and not a.out.name:
         raise InputError(f"--out must name a file, found {a.out}")
-    if a.num_images < 1:
-        raise InputError(f"--num-images must be at least 1, found {a.num_images}")
+    if not 1 <= a.num_images <= 1000:
+        raise InputError(f"--num-images must be from 1 to 1000, found {a.num_images}")
 
 
 def requests(

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 
 from sdxl_ref.commands.common import pick_device, seed
+from sdxl_ref.commands.kept import check_apart
 from sdxl_ref.config import PREDICTIONS, InputError
 from sdxl_ref.training.adapters import Choice, attach, chosen
 from sdxl_ref.training.cache import fingerprint
 from sdxl_ref.training.data import Dataset
 from sdxl_ref.training.diffusion import WEIGHTINGS, Objective, checkpoint_activations
+from sdxl_ref.training.examples import Examples
 from sdxl_ref.training.finetune import FineTuning, FineTuningLoss
 from sdxl_ref.training.image_folder import read_folder
 from sdxl_ref.training.loop import Run, Settings
@@ -31,7 +34,7 @@ from sdxl_ref.training.processes import (
     this_process,
 )
 from sdxl_ref.training.results import ADAPTERS, CHECKPOINT, write_adapter, write_checkpoint
-from sdxl_ref.training.state import check_same
+from sdxl_ref.training.state import LOG, STATE, check_same, read_log
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, build_empty, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
 
@@ -39,6 +42,9 @@ EPILOG = """DATA is a folder of pictures with a file metadata.jsonl, one line fo
 
   {"file_name": "cup.png", "text": "a cup of coffee in the style of sks"}
   {"file_name": "barn.jpg", "text": "a red barn in the style of sks", "aesthetic_score": 6.5}
+
+or without that file, where each picture has its caption in a text file beside it: cup.png and cup.txt (or cup.caption),
+as kohya's tools have them.
 
 examples:
   LoRA:     sdxl-ref train --checkpoint sd_xl_refiner_1.0.safetensors --data DATA --out OUT
@@ -49,12 +55,13 @@ examples:
 
 A run that was stopped (Ctrl-C, a kill, a lost process) goes on when the same command is given again.
 """
+MOST = {"batch_size": 10_000, "accumulate": 1_000_000, "save_every": 1_000_000_000}
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
     p.epilog = EPILOG
     p.add_argument("--checkpoint", required=True, metavar="MODEL", help="file, folder, repository, or pocket-refiner")
-    p.add_argument("--data", type=Path, required=True, metavar="DATA", help="pictures and metadata.jsonl, see below")
+    p.add_argument("--data", type=Path, required=True, metavar="DATA", help="pictures and their captions, see below")
     p.add_argument(
         "--out", type=Path, required=True, metavar="OUT", help="state, log, cache and result; made if need be"
     )
@@ -101,13 +108,15 @@ def run(a: argparse.Namespace) -> None:
     with process_group(pick_device(a.device)) as device:
         process = this_process()
         try:
+            examples = read_folder(a.data)
             checkpoint = open_model(a.checkpoint, a.prediction)
+            check_out(a, checkpoint, examples)
             plan = Plan(
                 checkpoint, choice, settings, objective(a, checkpoint.config.kind, checkpoint.config.prediction)
             )
             run_identity = identity(a, plan)
             with locked_for_all(a.out):
-                train(a, plan, run_identity, device)
+                train(a, plan, run_identity, examples, device)
         except InputError:
             if not process.leads:  # the first process reports it
                 raise SystemExit(2) from None
@@ -125,9 +134,9 @@ def check(a: argparse.Namespace) -> tuple[Choice | None, Settings]:
     for name in ("rank", "alpha", "layers", "convolutions", "text_encoders"):
         if a.full and getattr(a, name) not in (None, False):
             raise InputError(f"--{name.replace('_', '-')} is a LoRA's: leave it out, or leave --full out")
-    for name in ("batch_size", "save_every"):
-        if getattr(a, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(a, name)}")
+    for name, most in MOST.items():
+        if not 1 <= getattr(a, name) <= most:
+            raise InputError(f"--{name.replace('_', '-')} must be from 1 to {most}, found {getattr(a, name)}")
     choice = None
     if not a.full:
         options = {name: getattr(a, name) for name in ("rank", "alpha", "layers") if getattr(a, name) is not None}
@@ -162,11 +171,21 @@ def objective(a: argparse.Namespace, kind: str, prediction: str) -> Objective:
     return Objective(first, last, a.drop_captions, a.weighting, prediction)
 
 
+def check_out(a: argparse.Namespace, checkpoint: Checkpoint, examples: Examples) -> None:
+    """InputError where --out is the model's own folder, or something that this run writes there is what it reads."""
+    if os.path.isdir(a.checkpoint):
+        model = Path(os.path.realpath(a.checkpoint))
+        out = Path(os.path.realpath(a.out))
+        if out == model or (checkpoint.path.is_dir() and model in out.parents):
+            raise InputError(f"expected --out apart from the model's folder {a.checkpoint}, found {a.out}")
+    targets = [a.out / name for name in (STATE, LOG, CHECKPOINT, *ADAPTERS.values())]
+    for source in (checkpoint.path, *examples.files, *{example.path for example in examples.examples}):
+        check_apart(targets, source)
+
+
 def identity(a: argparse.Namespace, plan: Plan) -> dict[str, object]:
     """What is trained how, data aside. InputError where --out or the layers forbid it, before hours of encoding."""
     checkpoint = plan.checkpoint
-    if a.full and (a.out / CHECKPOINT).exists() and (a.out / CHECKPOINT).samefile(checkpoint.path):
-        raise InputError(f"the result would replace the checkpoint, {checkpoint.path}: choose another --out")
     run_identity: dict[str, object] = {
         "settings": asdict(plan.settings),
         "checkpoint": checkpoint.sha256(),
@@ -176,6 +195,8 @@ def identity(a: argparse.Namespace, plan: Plan) -> dict[str, object]:
         "dtype": a.dtype,
     }
     results = [a.out / name for name in (CHECKPOINT, *ADAPTERS.values()) if (a.out / name).exists()]
+    if read_log(a.out):
+        results.append(a.out / LOG)
     if not check_same(a.out, run_identity, partly=True) and results:
         problem = f"found {results[0]}, but no state of the run that wrote it"
         raise InputError(f"{problem}: move it, or choose another --out")
@@ -186,7 +207,9 @@ def identity(a: argparse.Namespace, plan: Plan) -> dict[str, object]:
     return run_identity
 
 
-def train(a: argparse.Namespace, plan: Plan, run_identity: dict[str, object], device: torch.device) -> None:
+def train(
+    a: argparse.Namespace, plan: Plan, run_identity: dict[str, object], examples: Examples, device: torch.device
+) -> None:
     """Train, and write the result."""
     checkpoint = plan.checkpoint
     config = checkpoint.config
@@ -195,7 +218,8 @@ def train(a: argparse.Namespace, plan: Plan, run_identity: dict[str, object], de
     towers = {
         part: checkpoint.load(part, dtype, device) for part in prefixes(config) if part.startswith("text_encoder")
     }
-    data = dataset(a, checkpoint, towers, device)
+    report(*(f"note: {note}" for note in examples.notes))
+    data = dataset(a, checkpoint, towers, examples, device)
     parts = {"unet": checkpoint.load("unet", dtype, device)}
     torch.manual_seed(a.seed)
     if plan.choice and plan.choice.text_encoders:
@@ -223,15 +247,18 @@ def train(a: argparse.Namespace, plan: Plan, run_identity: dict[str, object], de
 
 
 def dataset(
-    a: argparse.Namespace, checkpoint: Checkpoint, towers: Mapping[str, nn.Module], device: torch.device
+    a: argparse.Namespace,
+    checkpoint: Checkpoint,
+    towers: Mapping[str, nn.Module],
+    examples: Examples,
+    device: torch.device,
 ) -> Dataset:
     """The pictures, with what VAE and text encoders make of them: computed by the first process, read by all."""
-    examples = read_folder(a.data)
     parts = {"vae": checkpoint.load("vae", torch.float32, device), **towers}
     fingerprints = {name: fingerprint(part) for name, part in parts.items()}
     with first_alone():
         data = Dataset(
-            examples,
+            examples.examples,
             a.out / "cache",
             checkpoint.config,
             parts,

@@ -79,8 +79,8 @@ class Request:
                 raise InputError(f"{field_.name} must be a whole number, found {getattr(self, field_.name)!r:.60}")
         if not 0 <= self.guidance_rescale <= 1:
             raise InputError(f"guidance_rescale must be from 0 to 1, found {self.guidance_rescale}")
-        if self.num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt must be at least 1, found {self.num_images_per_prompt}")
+        if not 1 <= self.num_images_per_prompt <= 1000:
+            raise InputError(f"num_images_per_prompt must be from 1 to 1000, found {self.num_images_per_prompt}")
         usable = inspect.signature(SAMPLERS[self.sampler]).parameters
         for name in self.sampler_options():
             if name not in usable:

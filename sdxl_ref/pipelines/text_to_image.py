@@ -13,6 +13,8 @@ from sdxl_ref.pipelines.calling import Steps
 from sdxl_ref.pipelines.pipeline import GridPlan, Pipeline, sample
 from sdxl_ref.pipelines.request import Request, option
 
+LARGEST_SIDE = 16_384  # pixels; a picture of 4096 is more than most machines have memory for
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImageRequest(Request):
@@ -35,8 +37,8 @@ class TextToImagePipeline(Pipeline):
         r = request
         schedule = NoiseSchedule()
         for name, side in (("height", r.height), ("width", r.width)):
-            if side is not None and (side < 8 or side % 8):
-                raise InputError(f"{name} must be a multiple of 8, found {side}")
+            if side is not None and (not 8 <= side <= LARGEST_SIDE or side % 8):
+                raise InputError(f"{name} must be a multiple of 8, from 8 to {LARGEST_SIDE}, found {side}")
         grid = schedule.grid(r.num_inference_steps, r.spacing, r.karras)
         stop = len(grid.timesteps)
         if r.denoising_end is not None:

@@ -28,6 +28,7 @@ GROUPS = {  # how many things, and whether the combination is held out of traini
 }
 LEVELS = (0, 10, 25, 50, 75, 100, 125, 150, 175, 199, 250, 300, 400, 500, 600, 700, 800, 900, 999)  # training steps
 UNDER_200 = tuple(range(5, 200, 10))  # the middles of twenty equal parts of 0..199
+MOST = 10_000  # prompts
 PARTS = 8  # of the pictures, from which the interval of a difference of patch distances comes
 STUDENT = 2.365  # 97.5 % quantile of Student's t with PARTS - 1 degrees of freedom
 NORMAL = 1.96  # 97.5 % quantile of the normal distribution
@@ -81,8 +82,8 @@ class Prompts:
 
 def prompts(count: int) -> Prompts:
     """`count` scenes in four equal groups. InputError unless it is a multiple of 4, at least PARTS."""
-    if count < PARTS or count % len(GROUPS):
-        expected = f"the number of prompts must be a multiple of 4, a quarter for each group, at least {PARTS}"
+    if not PARTS <= count <= MOST or count % len(GROUPS):
+        expected = f"the number of prompts must be a multiple of 4, a quarter for each group, from {PARTS} to {MOST}"
         raise InputError(f"{expected}, found {count}")
     rng = np.random.default_rng(SEED)
     scenes = {}

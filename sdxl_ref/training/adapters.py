@@ -5,9 +5,9 @@ Layers are hooked where they stand, so that the networks stay what they are; wha
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sdxl_ref.adapters.factors import Factors
+from sdxl_ref.adapters import patterns
+from sdxl_ref.adapters.factors import HIGHEST_RANK, Factors
 from sdxl_ref.adapters.lora import Adapter
 from sdxl_ref.adapters.places import Place, matrices, places
 from sdxl_ref.adapters.writing import names_of
@@ -40,18 +41,11 @@ class Choice:
     text_encoders: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"the rank of a LoRA must be at least 1, found {self.rank}")
+        if not 1 <= self.rank <= HIGHEST_RANK:
+            raise InputError(f"the rank of a LoRA must be from 1 to {HIGHEST_RANK}, found {self.rank}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise InputError(f"the alpha of a LoRA must be a finite number above 0, found {self.alpha}")
-        try:
-            re.compile(self.layers)
-        except re.error as error:
-            raise InputError(f"expected a regular expression for the layers, found {self.layers!r}: {error}") from error
-
-    def matches(self, names: Iterable[str]) -> bool:
-        """Whether one of a layer's names is among those that are looked for."""
-        return any(re.search(self.layers, name) for name in names)
+        patterns.check(self.layers)
 
 
 class LowRank(nn.Module):
@@ -112,13 +106,14 @@ def _chosen(part: str, network: nn.Module, config: ModelConfig, choice: Choice) 
     _, network_rules = part_rules(part, config)
     for name, place in places(part, network_rules).items():
         names.setdefault(place, []).append(f"{part}.{name}")
+    matched = set(patterns.matching(choice.layers, chain.from_iterable(names.values())))
     learning = []
     for place in matrices(config):
         if place.part != part or not _runs(place, config):
             continue
         owner, _, _ = place.key.rpartition(".")
         is_kernel = part == "unet" and isinstance(network.get_submodule(owner), nn.Conv2d)
-        if (is_kernel and choice.convolutions) or choice.matches(names[place]):
+        if (is_kernel and choice.convolutions) or not matched.isdisjoint(names[place]):
             learning.append(place)
     return learning
 

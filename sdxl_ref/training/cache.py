@@ -62,7 +62,7 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.old_files = sorted(folder.glob(f"*-{HASH_GLOB}.safetensors"))
+        self.old_files = sorted(filter(Path.is_file, folder.glob(f"*-{HASH_GLOB}.safetensors")))
         self.entries: dict[str, Entry] = {}
         for path in self.old_files:
             try:

@@ -20,7 +20,7 @@ from sdxl_ref.pipelines.pipeline import SCORE, check_finite
 from sdxl_ref.text.conditioning import Numbers, encode_text
 from sdxl_ref.training.buckets import ResizedCrop, Size, buckets, crop_to_bucket, fit_bucket
 from sdxl_ref.training.cache import Row, Shards, key_of
-from sdxl_ref.training.image_folder import Example
+from sdxl_ref.training.examples import Example
 from sdxl_ref.weights.leftovers import clear
 from sdxl_ref.weights.tensor_files import sha256_of
 

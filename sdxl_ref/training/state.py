@@ -2,45 +2,26 @@
 
 import csv
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError
+from sdxl_ref.weights import locking
+from sdxl_ref.weights.regular import check_regular
 from sdxl_ref.weights.saving import replacing
 from sdxl_ref.weights.tensor_files import read_metadata
-
-if sys.platform != "win32":
-    import fcntl
 
 STATE = "state.safetensors"
 LOG = "log.csv"
 COLUMNS = ["step", "loss", "gradient_norm", "learning_rate", "seconds"]
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Nobody else works in a folder meanwhile; InputError where a run does. It ends with the process, however it ends.
-
-    A file system without locks (and Windows) is trusted.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise InputError(f"could not write to the folder {folder}: {error.strerror}") from error
-    with file:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                remedy = "wait for its end, or use another folder"
-                raise InputError(f"another run is at work in {folder}: {remedy}") from error
-            except OSError:
-                pass
-        yield
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """Nobody else works in a folder meanwhile; InputError where a run does. The lock ends with the process."""
+    return locking.locked(folder, f"another run is at work in {folder}: wait for its end, or use another folder")
 
 
 def check_same(folder: Path, identity: Mapping[str, object], partly: bool = False) -> dict[str, str]:
@@ -51,6 +32,7 @@ def check_same(folder: Path, identity: Mapping[str, object], partly: bool = Fals
     path = folder / STATE
     if not path.exists():
         return {}
+    check_regular(path)
     try:
         metadata = read_metadata(path)
         saved = dict(json.loads(metadata["identity"]))
@@ -80,22 +62,35 @@ def first_difference(name: str, saved: Any, current: Any) -> tuple[str, Any, Any
 
 
 def truncate_log(folder: Path, step: int) -> None:
-    """Keep the log's rows up to the step of the state: later ones are computed again. InputError for another table."""
+    """Keep the log's rows up to the step of the state: later ones are computed again. InputError as of `read_log`."""
+    path = folder / LOG
+    rows = read_log(folder)
+    done = [row for row in rows if row and step_of(row) <= step]
+    if read_rows(path) != [COLUMNS, *done]:
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *done])
+
+
+def read_log(folder: Path) -> list[list[str]]:
+    """The rows of a run's log below its first one, none if there is no log. InputError for another table."""
     path = folder / LOG
     rows = read_rows(path)
     if rows and rows[0] != COLUMNS:
         expected = f"expected a log of a run, whose first line is {','.join(COLUMNS)}"
         raise InputError(f"{expected}, found {','.join(rows[0])[:60]!r} in {path}: move it, or use another folder")
-    done = [row for row in rows if row and row[0].isdecimal() and int(row[0]) <= step]
-    if rows != [COLUMNS, *done]:
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *done])
+    return rows[1:]
+
+
+def step_of(row: list[str]) -> float:
+    """The step of a row; of a damaged one infinity."""
+    return int(row[0]) if row[0].isdecimal() and len(row[0]) < 20 else math.inf
 
 
 def read_rows(path: Path) -> list[list[str]]:
     """The rows of a table, none if there is no file. InputError where it cannot be read."""
     if not path.exists():
         return []
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
         return list(csv.reader(text.splitlines()))

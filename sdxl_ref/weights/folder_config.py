@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl_ref.weights.regular import check_regular
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -75,6 +76,7 @@ Json = dict[str, Any]
 
 def read_json(path: Path) -> Json:
     """An object from a JSON file. InputError where it is none."""
+    check_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

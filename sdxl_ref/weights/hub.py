@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.checkpoint import KNOWN_FILES, PARTS
+from sdxl_ref.weights.checkpoint import PARTS
 from sdxl_ref.weights.folder import STEMS
 from sdxl_ref.weights.folder_config import SCHEDULER_CONFIG
-from sdxl_ref.weights.tensor_files import FOLDER_INDEX, sha256_of
-
-REPOSITORIES = {
-    "refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0", "sd_xl_refiner_1.0.safetensors"),
-    "base": ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"),
-}
+from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 
 def download(repository: str, variant: str | None, **options: Any) -> Path:
@@ -26,7 +21,7 @@ def download(repository: str, variant: str | None, **options: Any) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    return Path(_with_one_error(snapshot_download, repository, allow_patterns=patterns(variant), **options))
+    return Path(with_one_error(snapshot_download, repository, allow_patterns=patterns(variant), **options))
 
 
 def patterns(variant: str | None) -> list[str]:
@@ -38,21 +33,7 @@ def patterns(variant: str | None) -> list[str]:
     return [FOLDER_INDEX, SCHEDULER_CONFIG, *of_parts]
 
 
-def fetch(kind: str, folder: Path, **options: Any) -> Path:
-    """Download the official file of a "refiner" or "base" into a folder, and check its sha256."""
-    from huggingface_hub import hf_hub_download
-
-    repository, name = REPOSITORIES[kind]
-    path = Path(_with_one_error(hf_hub_download, repository, name, local_dir=folder, **options))
-    digest = sha256_of(path)
-    if KNOWN_FILES.get(digest, ("",))[0] != name.removesuffix(".safetensors"):
-        refused = path.rename(path.with_suffix(".refused"))  # not under the name of what it is not
-        [expected] = (known for known, (stem, _) in KNOWN_FILES.items() if f"{stem}.safetensors" == name)
-        raise InputError(f"{refused} is not the official file: expected sha256 {expected}, found {digest}")
-    return path
-
-
-def _with_one_error(download: Any, *arguments: Any, **options: Any) -> str:
+def with_one_error(download: Any, *arguments: Any, **options: Any) -> str:
     """Errors of the hub as one line."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -24,7 +24,9 @@ from sdxl_ref.config import InputError
 PREFIX = ".sdxl-ref-"
 SUFFIX = ".part"
 MACHINE = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64] or "unnamed"
-at_work: set[str] = set()  # the temporary folders that this process writes in
+with suppress(OSError):  # Linux tells containers and machines of one name apart
+    MACHINE += f"_{os.stat('/proc/self/ns/pid').st_ino}"
+    MACHINE += f"_{uuid.uuid5(uuid.NAMESPACE_OID, Path('/etc/machine-id').read_text()).hex[:8]}"
 
 
 def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
@@ -81,13 +83,11 @@ def explained(target: Path) -> Iterator[None]:
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A folder whose name says who writes in it; deleted in the end with whatever it holds."""
     folder = parent / temporary_name(os.getpid())
-    at_work.add(folder.name)
     try:
         folder.mkdir(mode=0o700)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        at_work.discard(folder.name)
 
 
 def temporary_name(process: int) -> str:

@@ -137,8 +137,10 @@ BAD = {
     "switch over 1": (["--refiner", "REFINER", "--switch", "1.5"], "at most 1, found 1.5"),
     "two switches": (["--refiner", "REFINER", "--switch", "0.5", "--switch-step", "3"], "give one of them"),
     "no refiner step": (["--refiner", "REFINER", "--switch-sigma", "0.001"], "refiner would run 0 steps"),
-    "height": (["--height", "65"], "height must be a multiple of 8, found 65"),
-    "no image": (["--num-images", "0"], "at least 1, found 0"),
+    "height": (["--height", "65"], "height must be a multiple of 8, from 8 to 16384, found 65"),
+    "width": (["--width", "16392"], "width must be a multiple of 8, from 8 to 16384, found 16392"),
+    "no image": (["--num-images", "0"], "--num-images must be from 1 to 1000, found 0"),
+    "images": (["--num-images", "1001"], "--num-images must be from 1 to 1000, found 1001"),
     "no folder": (["--out", "nowhere/x.png"], "existing, writable folder"),
     "a misspelt option": (["--swich", "0.5"], "unrecognized arguments: --swich 0.5: did you mean '--switch'"),
 }

@@ -41,8 +41,8 @@ def test_prompts_are_the_same_each_time_and_of_their_groups() -> None:
     for group, (things, held_out) in GROUPS.items():
         assert len(chosen.scenes[group]) == 10
         assert all(len(s.things) == things and s.held_out == held_out for s in chosen.scenes[group])
-    for count in (510, 4, 0):
-        with pytest.raises(InputError, match=r"multiple of 4, .* at least 8, found"):
+    for count in (510, 4, 0, 10004):
+        with pytest.raises(InputError, match=r"multiple of 4, .* from 8 to 10000, found"):
             prompts(count)
 
 

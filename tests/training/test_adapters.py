@@ -176,7 +176,7 @@ def test_alpha_is_the_rank_unless_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"rank": 0}, "rank of a LoRA must be at least 1, found 0"),
+        ({"rank": 0}, "rank of a LoRA must be from 1 to 4096, found 0"),
         ({"layers": "("}, "regular expression"),
         ({"layers": "attn3"}, "no layer has a name with 'attn3' in it: names are such as"),
     ],

@@ -192,7 +192,7 @@ def test_damaged_pictures_are_skipped_when_asked(refiner: Networks, tmp_path: Pa
 
 def test_a_picture_that_is_gone_is_named(refiner: Networks, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", LINES)
-    examples = read_folder(folder)
+    examples = read_folder(folder).examples
     (folder / "wide.png").unlink()
     with pytest.raises(InputError, match=r"wide\.png.*--skip-bad"):
         Dataset(examples, tmp_path / "cache", refiner.config, refiner.parts, {"vae": "", "text_encoder_2": ""})

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from sdxl_ref.training.image_folder import METADATA, read_folder
 
 def test_lines_are_read_in_their_order(tmp_path: Path) -> None:
     odd = '{"file_name": "wide.png", "text": "a\u2028cup \\u00e9", "aesthetic_score": null, "more": [1]}'
-    examples = read_folder(write_folder(tmp_path, ["\ufeff" + json.dumps(LINES[0]), "", "  ", odd, *LINES[2:]]))
+    found = read_folder(write_folder(tmp_path, ["\ufeff" + json.dumps(LINES[0]), "", "  ", odd, *LINES[2:]]))
+    examples = found.examples
+    assert found.notes == [f"not used: the columns more of {METADATA}"]
     assert [example.path.relative_to(tmp_path).as_posix() for example in examples] == [
         "square.png",
         "wide.png",
@@ -71,3 +75,84 @@ def test_a_folder_without_lines_is_refused(tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(b'{"file_name": "\xff\xfe"}')
     with pytest.raises(InputError, match="as UTF-8 text"):
         read_folder(tmp_path)
+
+
+# --- other tools' columns, separators and tables ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"file_name": "square.png", "caption": "a cup"}, "rename the column 'caption' to 'text' in every line"),
+        ({"file_name": "square.png", "prompt": "a cup"}, "rename the column 'prompt' to 'text' in every line"),
+        ({"file_name": "square.png", "Text": "a cup"}, "rename the column 'Text' to 'text' in every line"),
+        ({"image": "square.png", "text": "a cup"}, "rename the column 'image' to 'file_name' in every line"),
+        ({"filename": "square.png", "text": "a cup"}, "rename the column 'filename' to 'file_name' in every line"),
+        ({"file-name": "square.png", "text": "a cup"}, "rename the column 'file-name' to 'file_name' in every line"),
+        ({"file_name": "square.png", "words": "a cup"}, "write it as in {"),
+        ({"file_name": r"more\other.png", "text": ""}, r": 'more\\other.png': write it with forward slashes"),
+        ({"file_name": r"C:\pictures\cup.png", "text": ""}, "write it with forward slashes, relative to the folder"),
+        ({"file_name": "square.png", "text": "", "aesthetic_score": "6"}, "'6': write it without quotes"),
+    ],
+)
+def test_a_fault_of_every_line_comes_with_its_remedy(fields: dict[str, Any], remedy: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        read_folder(write_folder(tmp_path, [fields]))
+    assert remedy in str(error.value)
+    assert "line 1" in str(error.value)
+
+
+def test_the_remedy_for_a_csv_works_when_it_is_pasted(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [])
+    (folder / METADATA).unlink()
+    (folder / "metadata.csv").write_text('file_name,text\nsquare.png,"a cup, red"\nmore/other.png,"a ""cup"""\n')
+    with pytest.raises(InputError, match=r"found neither, but metadata\.csv: with its columns named") as error:
+        read_folder(folder)
+    remedy = str(error.value).partition("file_name and text, ")[2]
+    subprocess.run(remedy.replace("python ", f"{sys.executable} ", 1), shell=True, check=True, cwd=folder)
+    found = read_folder(folder)
+    assert [example.text for example in found.examples] == ["a cup, red", 'a "cup"']
+    assert "not read: 1 other table (metadata.csv); of " in found.notes[1]
+
+
+@pytest.mark.parametrize("table", ["captions.json", "metadata.parquet", "captions.tsv"])
+def test_another_table_is_named(table: str, tmp_path: Path) -> None:
+    (tmp_path / table).write_text("{}")
+    with pytest.raises(InputError, match=f"found neither, but {table}: write what it says as lines such as"):
+        read_folder(tmp_path)
+
+
+def test_lines_in_a_folder_below_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", LINES)
+    with pytest.raises(InputError, match=r"found neither, but .*train/metadata\.jsonl: name its folder"):
+        read_folder(tmp_path)
+
+
+# --- what is not used -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_told_where_all_is_used(tmp_path: Path) -> None:
+    assert read_folder(write_folder(tmp_path, LINES)).notes == []
+
+
+def test_each_kind_of_what_is_not_used_is_one_line(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [{**LINES[0], "licence": "CC0", "width": 100}, LINES[2]])
+    write_folder(folder / "below", LINES)
+    for name in ("a.JPG", ".hidden.png", ".cache/b.png", "__MACOSX/._a.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    for name in ("square.txt", "more/other.caption", "notes.txt"):
+        (folder / name).write_text("a cup")
+    (folder / "loop").symlink_to(folder)
+    assert read_folder(folder).notes == [
+        "left out: 5 pictures (a.JPG, below/more/other.png, below/square.png, …) without a line in metadata.jsonl",
+        "not used: the columns licence, width of metadata.jsonl",
+        "not read: 2 caption files (more/other.caption, square.txt), because there is a metadata.jsonl",
+        f"not read: 1 other table (below/metadata.jsonl); of {folder} only metadata.jsonl itself is",
+    ]
+
+
+def test_a_picture_that_is_named_through_a_link_is_used(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [*LINES, {"file_name": "link.png", "text": "again"}])
+    (folder / "link.png").symlink_to("square.png")
+    assert read_folder(folder).notes == []

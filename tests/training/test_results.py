@@ -121,6 +121,6 @@ def test_the_result_never_replaces_the_checkpoint(
     path = save_model(tmp_path / "finetuned.safetensors")
     before = path.read_bytes()
     assert main(command(path, pictures, tmp_path, "--full", "--steps", "1")) == 2
-    assert "the result would replace the checkpoint" in capsys.readouterr().err
+    assert "finetuned.safetensors: it is read: choose another place" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert not (tmp_path / STATE).exists()

@@ -1,11 +1,14 @@
 """Files and folders are replaced whole: errors, kills at every moment, links, rights, and what is left behind."""
 
+import multiprocessing
 import os
 import runpy
 import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from killing import killed_before
+from PIL import Image
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import folder_saving, leftovers, saving
@@ -172,6 +176,33 @@ def test_a_full_disk_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert names(tmp_path) == ["file", "folder"]
 
 
+# --- many at once ---------------------------------------------------------------------------------------------------
+
+
+def save_fifty(folder: Path, first: int) -> None:
+    """Fifty pictures, and as many texts to one name that all write."""
+    for number in range(first, first + 50):
+        picture = Image.new("RGB", (8, 8), (number, 255 - number, 7))
+        with replacing(folder / f"{number}.png") as beside:
+            picture.save(beside, format="PNG")
+        write_text(folder / "shared", str(number) * 100)
+
+
+@pytest.mark.parametrize("worker", [threading.Thread, multiprocessing.get_context("fork").Process])
+def test_four_at_once_save_two_hundred_right_pictures(worker: Any, tmp_path: Path) -> None:
+    """Each under its own name with its own content, and of the one that all write a whole one; nothing is left over."""
+    workers = [worker(target=save_fifty, args=(tmp_path, 50 * i)) for i in range(4)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    colours = [Image.open(tmp_path / f"{number}.png").getpixel((0, 0)) for number in range(200)]
+    assert colours == [(number, 255 - number, 7) for number in range(200)]
+    text = (tmp_path / "shared").read_text()
+    assert text in {str(number) * 100 for number in range(200)}
+    assert len(names(tmp_path)) == 201
+
+
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
@@ -259,8 +290,9 @@ def test_no_folder_is_put_back_over_another(tmp_path: Path, dead_process: int) -
 def test_only_what_dead_processes_of_this_machine_left_is_deleted(
     tmp_path: Path, dead_process: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = [temporary_name(dead_process), temporary_name(os.getpid())]  # an earlier process may have had our number
-    kept = [temporary_name(os.getppid()), f"{PREFIX}notes{SUFFIX}", f".notes{SUFFIX}", f"{PREFIX}a-b-c{SUFFIX}"]
+    left = [temporary_name(dead_process)]
+    kept = [temporary_name(os.getpid()), temporary_name(os.getppid())]
+    kept += [f"{PREFIX}notes{SUFFIX}", f".notes{SUFFIX}", f"{PREFIX}a-b-c{SUFFIX}"]
     monkeypatch.setattr(saving, "MACHINE", "elsewhere")
     kept.append(temporary_name(dead_process))
     monkeypatch.undo()
@@ -271,6 +303,45 @@ def test_only_what_dead_processes_of_this_machine_left_is_deleted(
     assert names(tmp_path) == sorted([*kept, "deeper"])
     assert names(tmp_path / "deeper") == sorted([*left, *kept])
     clear(tmp_path / "none")
+
+
+def aged(folder: Path, seconds: float) -> Path:
+    """A temporary folder in which nothing has changed for so long."""
+    write_folder(folder)
+    past = time.time() - seconds
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (past, past))
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell when a process began")
+@pytest.mark.parametrize("of_ours", [True, False], ids=["our own number", "another's"])
+def test_a_number_is_given_again_after_a_restart(of_ours: bool, tmp_path: Path) -> None:
+    """The process of a leftover's number runs, but began after the leftover's last change."""
+    process = os.getpid() if of_ours else os.getppid()
+    age = leftovers.process_age(process)
+    assert age is not None
+    assert age >= 0
+    left = aged(tmp_path / temporary_name(process), age + 60)
+    used = aged(tmp_path / temporary_name(process), age / 2)
+    clear(tmp_path)
+    assert not left.exists()
+    assert used.exists()
+
+
+def test_other_containers_of_a_machine_are_left_a_day(
+    tmp_path: Path, dead_process: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their processes have numbers of their own: none of ours says whether they live. Other machines stay alone."""
+    monkeypatch.setattr(leftovers, "MACHINE", "node_4026531836_0123abcd")
+    names = {}
+    for machine in ("node_4026532999_0123abcd", "node_4026531836_9999ffff", "node_4026531836", "node"):
+        monkeypatch.setattr(saving, "MACHINE", machine)
+        for days in (0.9, 1.1):
+            names[machine, days] = aged(tmp_path / temporary_name(dead_process), days * 86400)
+    clear(tmp_path)
+    left = [key for key, folder in names.items() if not folder.exists()]
+    assert left == [("node_4026532999_0123abcd", 1.1)]
 
 
 def test_what_this_process_writes_is_not_deleted(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_extraction_of_two_models(small_base_file: Path, small_refiner_file: Pat
 
 
 def test_extraction_at_rank_0(small_base_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="rank must be at least 1, found 0"):
+    with pytest.raises(InputError, match="rank must be from 1 to 4096, found 0"):
         extract(small_base_file, small_base_file, tmp_path / "y", 0)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from sdxl_ref.adapters.forms import FORMS
 from sdxl_ref.cli import Help
 from sdxl_ref.commands.adapter_options import path_and_scale
+from sdxl_ref.commands.common import adapter_files, check_writable
 from weights_convert.adapters import convert_adapter, extract, merge
 from weights_convert.commands.common import add_target_option
 
@@ -33,6 +34,7 @@ def add_merge(p: argparse.ArgumentParser) -> None:
 
 
 def run_merge(a: argparse.Namespace) -> None:
+    check_writable(a.out, read=[a.source, *adapter_files(a.adapters)])
     print(merge(a.source, [path_and_scale(text) for text in a.adapters], a.out, a.force))
 
 
@@ -46,6 +48,7 @@ def add_extract(p: argparse.ArgumentParser) -> None:
 
 
 def run_extract(a: argparse.Namespace) -> None:
+    check_writable(a.out, read=[a.first, a.second])
     print(extract(a.first, a.second, a.out, a.rank, a.form, a.force))
 
 
@@ -58,6 +61,7 @@ def add_convert(p: argparse.ArgumentParser) -> None:
 
 
 def run_convert(a: argparse.Namespace) -> None:
+    check_writable(a.out, read=[a.source, a.model])
     print(convert_adapter(a.source, a.model, a.out, a.form, a.force))
 
 
