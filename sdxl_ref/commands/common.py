@@ -2,11 +2,10 @@
 
 import argparse
 import ctypes
-import math
 import os
+import secrets
 import sys
 import types
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,14 +17,14 @@ from PIL import Image
 from sdxl_ref import __version__
 from sdxl_ref.config import PREDICTIONS, InputError
 from sdxl_ref.diffusion.samplers import SAMPLERS
-from sdxl_ref.pictures.images import png_chunks
+from sdxl_ref.pictures.settings import png_chunks, texts
 from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.saving import replacing
-from sdxl_ref.weights.tensor_files import sha256_of
 
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale")  # fields of a request
 SAMPLING = ("sampler", "spacing", "karras", *SAMPLER_OPTIONS)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures that are written
 SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
 
 
@@ -35,12 +34,14 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sampler", default="euler", help=", ".join(SAMPLERS))
     add_request_options(p, Request, *GUIDANCE, *(name for name in SAMPLING if name != "sampler"))
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
-    p.add_argument("--seed", type=seed, default=0, help="of the noise; the same seed gives the same picture")
+    p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
-    p.add_argument("--out", type=Path, metavar="FILE.png", help="where the picture goes; replaced if it is there")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE", help="a name in .png, .jpg, .webp or .tiff; replaced if it is there"
+    )
     p.add_argument("--save-latents", type=Path, metavar="FILE", help="also write the final latents, as safetensors")
 
 
@@ -60,10 +61,14 @@ def add_request_options(p: argparse.ArgumentParser, request_type: type[Request],
 
 
 def seed(text: str) -> int:
-    """A number that a generator takes."""
+    """A number that a generator takes. -1 draws one, and prints it."""
     if not -(2**63) <= int(text) < 2**64:
         raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^64 - 1, found {text}")
-    return int(text)
+    if int(text) != -1:
+        return int(text)
+    drawn = secrets.randbits(32)
+    print(f"seed: {drawn}")
+    return drawn
 
 
 def pick_device(name: str) -> torch.device:
@@ -113,51 +118,41 @@ def say_what_runs(checkpoint: Checkpoint, dtype: str, device: torch.device) -> N
         print(f"note: {checkpoint.note}")
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG with its settings: never half a file. InputError where it cannot be written."""
-    chunks = png_chunks(settings)
+def check_format(path: Path) -> None:
+    """InputError unless the name of a picture says one of the formats that can be written: before the work."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(SUFFIXES)}")
+
+
+def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a picture with its settings, in the format of its suffix: never half a file.
+
+    InputError where it cannot be written. The one place that imports other formats than PNG.
+    """
     with replacing(path) as beside:
-        image.save(beside, format="PNG", pnginfo=chunks)
+        if path.suffix.lower() == ".png":
+            image.save(beside, format="PNG", pnginfo=png_chunks(texts(settings)))
+            return
+        from sdxl_ref.pictures import formats
 
-
-def path_and_scale(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:SCALE` -> the adapter's file and its scale, 1 where there is none."""
-    name, colon, number = text.rpartition(":")
-    try:
-        path = Path(name if colon else text)
-        scale = float(number) if colon else 1.0
-    except ValueError:
-        path = Path(text)
-        scale = 1.0
-    if not math.isfinite(scale):
-        raise InputError(f"the scale of an adapter must be a finite number, found {text}")
-    return path, scale
+        formats.save(image, beside, path.suffix.lower(), settings)
 
 
 def adapter_files(texts: Sequence[str]) -> list[Path]:
     """The files of `FILE` or `FILE:SCALE`, each once."""
-    return list(dict.fromkeys(path_and_scale(text)[0] for text in texts))
+    return adapter_options().adapter_files(texts) if texts else []
 
 
 def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
     """Put adapters (`FILE` or `FILE:SCALE`) on a pipeline and say where they fit; returns what its settings say."""
-    names = []
-    scales = []
-    digests = []
-    for i, text in enumerate(texts):
-        path, scale = path_and_scale(text)
-        name = f"{i} {path.stem}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what of it does not fit is in the report
-            reports = pipe.adapters.load(path, name, activate=False)
-        for model, report in reports:
-            print(f"{path.name} at {scale:g} on the {model.config.kind}: {report}")
-        names.append(name)
-        scales.append(scale)
-        digests.append(sha256_of(path))
-    if names:
-        pipe.set_adapters(names, scales)
-    return {"lora": list(texts), "lora_sha256": digests}
+    return adapter_options().put_on(pipe, texts) if texts else {"lora": [], "lora_sha256": []}
+
+
+def adapter_options() -> Any:
+    """The module of `--lora`, imported where one is given."""
+    from sdxl_ref.commands import adapter_options
+
+    return adapter_options
 
 
 def keep_freed_memory(device: torch.device) -> None:

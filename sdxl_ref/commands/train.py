@@ -96,6 +96,13 @@ class Plan:
     objective: Objective
 
 
+def training_seed(text: str) -> int:
+    """A number that a generator takes. None is drawn: by it a stopped run goes on, and processes agree."""
+    if text.strip() == "-1":
+        raise argparse.ArgumentTypeError("training needs a seed that stays: give a number from 0 on")
+    return seed(text)
+
+
 def run(a: argparse.Namespace) -> None:
     choice, settings = check(a)
     with process_group(pick_device(a.device)) as device:
