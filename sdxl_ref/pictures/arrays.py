@@ -53,7 +53,7 @@ def batch_of(item: object, expected: str, channels: int) -> Tensor:
             raise InputError(f"expected {expected}, found an array {item.shape}{hint}")
         if item.dtype != np.uint8 and item.dtype.kind != "f":
             raise InputError(f"{VALUES}, found {item.dtype}")
-        values = np.ascontiguousarray(item, np.uint8 if item.dtype == np.uint8 else np.float32)
+        values = np.array(item, np.uint8 if item.dtype == np.uint8 else np.float32)  # a copy: some are read-only
         return batch_of(torch.from_numpy(values).movedim(-1, -3), expected, channels)  # (…,h,w,3) -> (…,3,h,w)
     if not isinstance(item, Tensor):
         raise InputError(f"expected {expected}, found {type(item).__name__}")

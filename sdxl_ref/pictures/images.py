@@ -12,7 +12,6 @@ from torch import Tensor
 from sdxl_ref.config import InputError
 
 MULTIPLE = 8  # the VAE's downsampling: sides of a picture are multiples of it
-READING = 2  # counts up when `load_image` makes other pixels of a file; 2: colour profiles count
 
 
 def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.pictures.images import READING, load_image, to_tensor
+from sdxl_ref.pictures.images import load_image, to_tensor
 from sdxl_ref.pipelines.pipeline import SCORE, check_finite
 from sdxl_ref.text.conditioning import Numbers, encode_text
 from sdxl_ref.training.buckets import ResizedCrop, Size, buckets, crop_to_bucket, fit_bucket
@@ -155,8 +155,8 @@ class Dataset:
         return keys
 
     def _picture_key(self, digest: str) -> str:
-        """The key of a picture's latents, from the hash of its file and the way in which files are read."""
-        return key_of(READING, digest, self.config.resolution, self.config.vae.scale_factor, self.fingerprints["vae"])
+        """The key of a picture's latents, from the hash of its file."""
+        return key_of(digest, self.config.resolution, self.config.vae.scale_factor, self.fingerprints["vae"])
 
     def _encode_pictures(self, pictures: Sequence[NewPicture], vae: nn.Module) -> Iterator[Row]:
         """The rows of new pictures, one at a time."""
