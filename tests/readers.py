@@ -1,4 +1,4 @@
-"""Readers of the settings that pictures carry: the web UI's form by its definition, sd-parsers, exiftool."""
+"""Settings that pictures carry, and readers of them: by the web UI's form, sd-parsers, exiftool."""
 
 from __future__ import annotations
 
@@ -12,6 +12,35 @@ from typing import Any
 import pytest
 from PIL import Image
 
+SETTINGS: dict[str, Any] = {
+    "prompt": "a café, 北京 🙂\nsecond line",
+    "negative_prompt": "blurry",
+    "num_inference_steps": 50,
+    "sampler": "dpmpp_2m",
+    "spacing": "linspace",
+    "karras": True,
+    "guidance_scale": 5.0,
+    "seed": 0,
+    "size": "40x24",
+    "strength": 0.3,
+    "sigmas": [0.5692766904830933, 0.1, 0.0],
+    "checkpoint": {"file": "sd_xl_base_1.0.safetensors", "sha256": "0123456789abcdef"},
+    "refiner": "sd_xl_refiner_1.0 [fedcba9876]",
+    "refiner_switch": 0.8,
+    "lora_hashes": "style: 0123456789ab, light: fedcba987654",
+    "versions": {"sdxl_ref": "0.1.0"},
+}
+PROMPTS = [
+    ("a red barn", "blurry"),
+    ("a barn, red, in the snow", "blurry, grey, out of focus"),
+    ('the word "open", on a door', 'the word "closed"'),
+    ("it's 10:30, Steps: many", "a: b, c: d"),
+    ("first line\nsecond, line\n\nfourth", "first line\nsecond"),
+    ("(barn:1.3), [red|blue], <lora:x:1>, {a}, \\(", "(bad:1.4)"),
+    ("a café, 北京 🙂, é", "模糊"),
+    ("a barn", ""),
+    ("", "blurry"),
+]
 FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # of the web UI's `infotext_utils.py`
 needs_exiftool = pytest.mark.skipif(
     shutil.which("exiftool") is None, reason="exiftool is not installed (libimage-exiftool-perl)"
@@ -37,7 +66,11 @@ def web_ui(text: str) -> dict[str, str]:
 def sd_parsers(path: Path) -> Any:
     """What sd-parsers finds."""
     from sd_parsers import ParserManager
+    from sd_parsers.extractors import _jpeg_usercomment
 
+    _jpeg_usercomment._image_id = (
+        None  # it keeps the last comment by the address of its picture, which may be a new one
+    )
     with Image.open(path) as image:
         return ParserManager().parse(image)
 

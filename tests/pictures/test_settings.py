@@ -11,29 +11,11 @@ from typing import Any
 import pytest
 import readers
 from PIL import Image, PngImagePlugin
+from readers import PROMPTS, SETTINGS
 
 from sdxl_ref import SAMPLERS
 from sdxl_ref.diffusion.schedule import SPACINGS
 from sdxl_ref.pictures.settings import parameters, png_chunks, texts
-
-SETTINGS: dict[str, Any] = {
-    "prompt": "a café, 北京 🙂\nsecond line",
-    "negative_prompt": "blurry",
-    "num_inference_steps": 50,
-    "sampler": "dpmpp_2m",
-    "spacing": "linspace",
-    "karras": True,
-    "guidance_scale": 5.0,
-    "seed": 0,
-    "size": "40x24",
-    "strength": 0.3,
-    "sigmas": [0.5692766904830933, 0.1, 0.0],
-    "checkpoint": {"file": "sd_xl_base_1.0.safetensors", "sha256": "0123456789abcdef"},
-    "refiner": "sd_xl_refiner_1.0 [fedcba9876]",
-    "refiner_switch": 0.8,
-    "lora_hashes": "style: 0123456789ab, light: fedcba987654",
-    "versions": {"sdxl_ref": "0.1.0"},
-}
 
 
 def png(settings: Mapping[str, Any]) -> bytes:
@@ -93,18 +75,6 @@ def test_schedules_have_the_names_that_readers_know(spacing: str, karras: bool) 
 
 # --- other readers ------------------------------------------------------------------------------------------------
 
-PROMPTS = [
-    ("a red barn", "blurry"),
-    ("a barn, red, in the snow", "blurry, grey, out of focus"),
-    ('the word "open", on a door', 'the word "closed"'),
-    ("it's 10:30, Steps: many", "a: b, c: d"),
-    ("first line\nsecond, line\n\nfourth", "first line\nsecond"),
-    ("(barn:1.3), [red|blue], <lora:x:1>, {a}, \\(", "(bad:1.4)"),
-    ("a café, 北京 🙂, é", "模糊"),
-    ("a barn", ""),
-    ("", "blurry"),
-]
-
 
 def write(path: Path, prompt: str, negative: str) -> dict[str, Any]:
     settings = SETTINGS | {"prompt": prompt, "negative_prompt": negative}
@@ -149,7 +119,7 @@ def test_exiftool_reads_it(prompt: str, negative: str, tmp_path: Path) -> None:
     settings = write(tmp_path / "a.png", prompt, negative)
     found = readers.exiftool(tmp_path / "a.png")
     assert found["Parameters"].replace("\r\n", "\n") == parameters(settings)
-    assert json.loads(found["Sdxl_ref"] if "Sdxl_ref" in found else found["SdxlRef"]) == settings
+    assert json.loads(found["Sdxl_ref"]) == settings
 
 
 @pytest.mark.parametrize("prompt", ["caf\udce9", "\ud800 alone"])
