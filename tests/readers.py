@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.ExifTags import IFD, Base
 
 SETTINGS: dict[str, Any] = {
     "prompt": "a café, 北京 🙂\nsecond line",
@@ -81,3 +82,10 @@ def exiftool(path: Path) -> dict[str, Any]:
     [tags] = json.loads(result.stdout)
     found: dict[str, Any] = tags
     return found
+
+
+def user_comment(image: Image.Image) -> str:
+    """The text of EXIF's user comment, by EXIF 2.3: a code of 8 bytes, then the characters."""
+    comment: bytes = image.getexif().get_ifd(IFD.Exif)[Base.UserComment]
+    assert comment[:8] == b"UNICODE\0"
+    return comment[8:].decode("utf-16-be")
