@@ -82,7 +82,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
     p.add_argument("--skip-bad", action="store_true", help="leave damaged pictures out instead of stopping")
     p.add_argument("--save-every", type=int, default=500, help="steps between two saved states")
-    p.add_argument("--seed", type=seed, default=0, help="of everything that is drawn")
+    p.add_argument("--seed", type=training_seed, default=0, help="of everything that is drawn")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
 
 
