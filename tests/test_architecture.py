@@ -41,6 +41,7 @@ OPTIONAL = {
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {"weights.folder", "weights.hub", "weights.identify"},  # kinds of checkpoint
     "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
+    "commands.common": {"commands.adapter_options", "pictures.formats"},  # options and formats that are asked for
     "pipelines.calling": {  # what a run may ask for
         "adapters.active",
         "pictures.watermark",
@@ -52,7 +53,6 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
     "pipelines.request": {"diffusion.sampler_names"},  # of other tools
     "pictures.images": {"pictures.address", "pictures.colours"},  # kinds of pictures
     "pipelines.recording": {"pictures.watermark"},
-    "commands.common": {"commands.adapter_options", "pictures.formats"},  # options and formats that are asked for
 }
 LONGEST_FILE = 350  # lines
 LONGEST_FUNCTION = 60

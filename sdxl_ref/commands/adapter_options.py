@@ -1,4 +1,4 @@
-"""What `--lora FILE[:SCALE]` does, in the commands that make pictures: imported where one is given."""
+"""What `--lora FILE[:SCALE]` says, and the adapters that it puts on a pipeline. Loaded where it is given."""
 
 import math
 import warnings
@@ -24,13 +24,13 @@ def path_and_scale(text: str) -> tuple[Path, float]:
     return path, scale
 
 
-def adapter_files(texts: Sequence[str]) -> list[Path]:
-    """The files of `FILE` or `FILE:SCALE`, each once."""
+def files(texts: Sequence[str]) -> list[Path]:
+    """The adapters' files, each once."""
     return list(dict.fromkeys(path_and_scale(text)[0] for text in texts))
 
 
 def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """Put adapters (`FILE` or `FILE:SCALE`) on a pipeline and say where they fit; returns what its settings say."""
+    """Put adapters on a pipeline and say where they fit; returns what its settings say."""
     names = []
     scales = []
     digests = []

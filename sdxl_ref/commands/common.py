@@ -140,7 +140,7 @@ def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) ->
 
 def adapter_files(texts: Sequence[str]) -> list[Path]:
     """The files of `FILE` or `FILE:SCALE`, each once."""
-    return adapter_options().adapter_files(texts) if texts else []
+    return adapter_options().files(texts) if texts else []
 
 
 def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def adapter_options() -> Any:
-    """The module of `--lora`, imported where one is given."""
+    """The module of `--lora`, imported where it is given."""
     from sdxl_ref.commands import adapter_options
 
     return adapter_options

@@ -1,4 +1,4 @@
-"""What the commands that make pictures share: the written picture, devices, memory."""
+"""What the commands that make pictures share: the written picture, adapters' words, devices, memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from command_line import pixels, settings, texts
 from PIL import Image
 
+from sdxl_ref.commands.adapter_options import path_and_scale
 from sdxl_ref.commands.common import pick_device, save_picture
 from sdxl_ref.config import InputError
 
@@ -48,6 +49,29 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path, mo
         save_picture(PICTURE, path, SETTINGS)
     assert os.listdir(tmp_path) == ["out.png"]
     assert path.read_bytes() == b"old"
+
+
+# --- adapters' words ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", (Path("a.safetensors"), 1.0)),
+        ("a.safetensors:0.5", (Path("a.safetensors"), 0.5)),
+        ("a.safetensors:-2", (Path("a.safetensors"), -2.0)),
+        ("C:style.safetensors", (Path("C:style.safetensors"), 1.0)),
+        ("a:b.safetensors:0.5", (Path("a:b.safetensors"), 0.5)),
+    ],
+)
+def test_a_file_and_its_scale(text: str, expected: tuple[Path, float]) -> None:
+    assert path_and_scale(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a.safetensors:nan", "a.safetensors:inf"])
+def test_a_scale_is_finite(text: str) -> None:
+    with pytest.raises(InputError, match=f"must be a finite number, found {text}"):
+        path_and_scale(text)
 
 
 # --- devices ------------------------------------------------------------------------------------------------------
