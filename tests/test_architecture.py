@@ -41,7 +41,7 @@ OPTIONAL = {
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {"weights.folder", "weights.hub", "weights.identify"},  # kinds of checkpoint
     "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
-    "commands.common": {"commands.adapter_options", "pictures.formats"},  # options and formats that are asked for
+    "commands.common": {"commands.adapter_options", "commands.devices", "pictures.formats"},  # what options ask for
     "pipelines.calling": {  # what a run may ask for
         "adapters.active",
         "pictures.watermark",

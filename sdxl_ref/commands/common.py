@@ -39,9 +39,7 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
-    p.add_argument(
-        "--out", type=Path, metavar="FILE", help="a name in .png, .jpg, .webp or .tiff; replaced if it is there"
-    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="a .png, .jpg, .webp or .tiff; replaced if it is there")
     p.add_argument("--save-latents", type=Path, metavar="FILE", help="also write the final latents, as safetensors")
 
 
@@ -64,27 +62,22 @@ def seed(text: str) -> int:
     """A number that a generator takes. -1 draws one, and prints it."""
     if not -(2**63) <= int(text) < 2**64:
         raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^64 - 1, found {text}")
-    if int(text) != -1:
-        return int(text)
-    drawn = secrets.randbits(32)
-    print(f"seed: {drawn}")
-    return drawn
+    if int(text) == -1:
+        text = str(secrets.randbits(32))
+        print(f"seed: {text}")
+    return int(text)
 
 
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto": the best that is there. InputError where it is not to be had."""
-    if name == "auto":
-        for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
-            if backend.is_available():
-                return torch.device(kind)
-        return torch.device("cpu")
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # "meta" has no values
-        return probe.device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        why = str(error).split(". ")[0]  # some of PyTorch's go on for pages
-        raise InputError(f"device {name!r} is not to be had: expected auto, cpu, cuda or mps ({why})") from error
+    if name != "auto":
+        from sdxl_ref.commands.devices import named_device
+
+        return named_device(name)
+    for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        if backend.is_available():
+            return torch.device(kind)
+    return torch.device("cpu")
 
 
 def check_writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
@@ -132,10 +125,10 @@ def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) ->
     with replacing(path) as beside:
         if path.suffix.lower() == ".png":
             image.save(beside, format="PNG", pnginfo=png_chunks(texts(settings)))
-            return
-        from sdxl_ref.pictures import formats
+        else:
+            from sdxl_ref.pictures import formats
 
-        formats.save(image, beside, path.suffix.lower(), settings)
+            formats.save(image, beside, path.suffix.lower(), settings)
 
 
 def adapter_files(texts: Sequence[str]) -> list[Path]:

@@ -12,8 +12,7 @@ SCHEDULES = {"linspace": "Uniform", "sgm": "SGM Uniform"}  # the web UI has no l
 
 def texts(settings: Mapping[str, Any]) -> dict[str, str]:
     """`parameters` and `sdxl_ref`, the JSON, as a PNG's text chunks and a picture's `info` have them."""
-    readable = parameters(settings).encode(errors="replace").decode()  # a prompt may be of broken bytes
-    return {"parameters": readable, "sdxl_ref": json.dumps(settings, default=str)}
+    return {"parameters": parameters(settings), "sdxl_ref": json.dumps(settings, default=str)}
 
 
 def png_chunks(info: Mapping[str, str]) -> PngInfo:
@@ -28,27 +27,28 @@ def parameters(settings: Mapping[str, Any]) -> str:
     """Prompt, negative prompt, then one line of `Key: value`, in the web UI's words.
 
     Where a value has a comma, colon, quote or newline it is quoted as in JSON. Hashes are the first digits of a sha256.
+    Bytes of a prompt that are no UTF-8 become question marks.
     """
-    s = settings
-    model = s.get("checkpoint", {})
+    model = settings.get("checkpoint", {})
+    spacing = settings.get("spacing") or ""
     fields = {
-        "Steps": s.get("num_inference_steps"),
-        "Sampler": " ".join(WORDS.get(word, word.upper()) for word in (s.get("sampler") or "").split("_")),
-        "Schedule type": "Karras" if s.get("karras") else SCHEDULES.get(s.get("spacing", ""), s.get("spacing")),
-        "CFG scale": s.get("guidance_scale"),
-        "Seed": s.get("seed"),
-        "Size": s.get("size"),
+        "Steps": settings.get("num_inference_steps"),
+        "Sampler": " ".join(WORDS.get(word, word.upper()) for word in (settings.get("sampler") or "").split("_")),
+        "Schedule type": "Karras" if settings.get("karras") else SCHEDULES.get(spacing, spacing),
+        "CFG scale": settings.get("guidance_scale"),
+        "Seed": settings.get("seed"),
+        "Size": settings.get("size"),
         "Model hash": model.get("sha256", "")[:10],
         "Model": model.get("file", "").removesuffix(".safetensors"),
-        "Denoising strength": s.get("strength"),
-        "Lora hashes": s.get("lora_hashes"),
-        "Refiner": s.get("refiner"),
-        "Refiner switch at": s.get("refiner_switch"),
-        "Version": f"sdxl-ref {s['versions']['sdxl_ref']}",
+        "Denoising strength": settings.get("strength"),
+        "Lora hashes": settings.get("lora_hashes"),
+        "Refiner": settings.get("refiner"),
+        "Refiner switch at": settings.get("refiner_switch"),
+        "Version": f"sdxl-ref {settings['versions']['sdxl_ref']}",
     }
     line = ", ".join(f"{name}: {quoted(str(value))}" for name, value in fields.items() if value not in (None, ""))
-    negative = [f"Negative prompt: {s['negative_prompt']}"] if s.get("negative_prompt") else []
-    return "\n".join([s["prompt"], *negative, line])
+    negative = [f"Negative prompt: {settings['negative_prompt']}"] if settings.get("negative_prompt") else []
+    return "\n".join([settings["prompt"], *negative, line]).encode(errors="replace").decode()  # as UTF-8 has it
 
 
 def quoted(value: str) -> str:

@@ -7,7 +7,6 @@ packed as the ecosystem's pipelines pack it.
 import functools
 import inspect
 import itertools
-import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -104,8 +103,10 @@ class CallablePipeline:
         Returns pictures (b,3,H,W) in [0,1], or, where its `output_type` is "latent", latents (b,4,h,w).
         """
         prompts = f"{request.prompt}\n{request.prompt_2}\n{request.negative_prompt}\n{request.negative_prompt_2}"
-        if re.search(r"[(<\[]|BREAK", prompts):
-            markup().note_markup(prompts)
+        if any(mark in prompts for mark in ("(", "<", "[", "BREAK")):
+            from sdxl_ref.text.markup import note_markup  # other tools'
+
+            note_markup(prompts)
         steps = self.steps(request)
         total = len(self.plan(request).grid.timesteps)
         with tqdm(total=total, **{"unit": "step", **self._progress}) as bar:
@@ -177,13 +178,6 @@ def recording() -> Any:
     from sdxl_ref.pipelines import recording
 
     return recording
-
-
-def markup() -> Any:
-    """The module of other tools' markup, imported when a prompt may hold some."""
-    from sdxl_ref.text import markup
-
-    return markup
 
 
 def _documented(call: Callable[..., PipelineOutput], request_type: type[Request]) -> Callable[..., PipelineOutput]:

@@ -20,7 +20,6 @@ from sdxl_ref.pipelines.request import Request, Size, option
 from sdxl_ref.text.conditioning import Numbers
 
 STRENGTH = 0.3
-FILES = (Image.Image, str, os.PathLike)  # what `load_image` takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,23 +115,17 @@ class ImageToImagePipeline(Pipeline):
         return positive, replace(negative, crop=request.negative_crops_coords_top_left or (0, 0))
 
     def image_tensor(self, r: ImageToImageRequest) -> Tensor:
-        """The pictures (n,3,H,W) in [-1,1] or latents (n,4,h,w) of a request. InputError for other kinds."""
+        """The pictures (n,3,H,W) in [-1,1] or latents (n,4,h,w) of a request. InputError for other kinds.
+
+        The one place that imports what several pictures, arrays, tensors and latents need.
+        """
         if (r.image is None) == (r.latents is None):
             raise InputError("give either image or latents (noisy, at the first level that runs)")
         if r.latents is not None and r.strength is None and r.denoising_start is None:
             raise InputError("latents have no level: give the strength, or the denoising_start, at which they stand")
         image: Any = r.latents if r.image is None else r.image
-        pictures = image if isinstance(image, list | tuple) else [image]
-        if not (r.clean and pictures and all(isinstance(picture, FILES) for picture in pictures)):
-            return arrays().from_arrays(image, self.config.vae.embed_dim, r.clean)
-        tensors = [to_tensor(fit(load_image(picture))) for picture in pictures]
-        if len({tensor.shape for tensor in tensors}) != 1:
-            raise InputError(f"expected pictures of one size, found {[tuple(tensor.shape[2:]) for tensor in tensors]}")
-        return torch.cat(tensors)
+        if r.clean and isinstance(image, Image.Image | str | os.PathLike):
+            return to_tensor(fit(load_image(image)))
+        from sdxl_ref.pictures.arrays import from_arrays
 
-
-def arrays() -> Any:
-    """The module of arrays and tensors, imported when one is handed in."""
-    from sdxl_ref.pictures import arrays
-
-    return arrays
+        return from_arrays(image, self.config.vae.embed_dim, r.clean)

@@ -60,7 +60,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise InputError(sampler_names().answer(self.sampler))
+            from sdxl_ref.diffusion.sampler_names import answer  # other tools' names
+
+            raise InputError(answer(self.sampler))
         if self.output_type not in OUTPUT_TYPES:
             raise InputError(unknown("output_type", self.output_type, OUTPUT_TYPES))
         for name in ("guidance_scale", "aesthetic_score", "negative_aesthetic_score"):
@@ -94,10 +96,3 @@ class Request:
     def prompts(self) -> int:
         """How many prompts there are."""
         return 1 if isinstance(self.prompt, str) else len(self.prompt)
-
-
-def sampler_names() -> Any:
-    """The module of other tools' names of samplers, imported when a name is none of ours."""
-    from sdxl_ref.diffusion import sampler_names
-
-    return sampler_names
