@@ -1,4 +1,4 @@
-"""Pictures and latents as arrays and tensors, as `output_type="np"`, "pt" and "latent" give them, and lists of these."""
+"""Pictures and latents as arrays and tensors, as `output_type="np"`, "pt" and "latent" give them; and lists."""
 
 import os
 import warnings
