@@ -41,9 +41,24 @@ OPTIONAL = {
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {"weights.folder", "weights.hub", "weights.identify"},  # kinds of checkpoint
     "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
-    "commands.common": {"commands.adapter_options", "commands.kept"},  # `--lora`; what lies at a target
+    "commands.common": {  # what options ask for, and what lies at a target
+        "commands.adapter_options",
+        "commands.devices",
+        "commands.kept",
+        "pictures.formats",
+    },
     "cli": {"commands.memory"},  # an error that may be the memory's
-    "pipelines.calling": {"adapters.active", "pictures.watermark", "weights.offload"},  # what a run may ask for
+    "pipelines.calling": {  # what a run may ask for
+        "adapters.active",
+        "pictures.watermark",
+        "pipelines.recording",
+        "text.markup",
+        "weights.offload",
+    },
+    "pipelines.image_to_image": {"pictures.arrays"},  # what it may be handed
+    "pipelines.request": {"diffusion.sampler_names"},  # of other tools
+    "pictures.images": {"pictures.address", "pictures.colours"},  # kinds of pictures
+    "pipelines.recording": {"pictures.watermark"},
 }
 LONGEST_FILE = 350  # lines
 LONGEST_FUNCTION = 60

@@ -46,4 +46,5 @@ def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
         scales.append(scale)
         digests.append(sha256_of(path))
     pipe.set_adapters(names, scales)
-    return {"lora": list(texts), "lora_sha256": digests}
+    hashes = ", ".join(f"{name.split(' ', 1)[1]}: {digest[:12]}" for name, digest in zip(names, digests, strict=True))
+    return {"lora": list(texts), "lora_sha256": digests, "lora_hashes": hashes}

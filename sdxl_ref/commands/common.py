@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import os
+import secrets
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,14 @@ from PIL import Image
 from sdxl_ref import __version__
 from sdxl_ref.config import PREDICTIONS, InputError
 from sdxl_ref.diffusion.samplers import SAMPLERS
-from sdxl_ref.pictures.images import png_chunks
+from sdxl_ref.pictures.settings import png_chunks, texts
 from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.saving import PREFIX, replacing
 
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale")  # fields of a request
 SAMPLING = ("sampler", "spacing", "karras", *SAMPLER_OPTIONS)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures that are written
 SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
 
 
@@ -32,12 +34,12 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sampler", default="euler", help=", ".join(SAMPLERS))
     add_request_options(p, Request, *GUIDANCE, *(name for name in SAMPLING if name != "sampler"))
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
-    p.add_argument("--seed", type=seed, default=0, help="of the noise; the same seed gives the same picture")
+    p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
-    p.add_argument("--out", type=Path, metavar="FILE.png", help="where the picture goes; replaced if it is there")
+    p.add_argument("--out", type=Path, metavar="FILE", help="a .png, .jpg, .webp or .tiff; replaced if it is there")
     p.add_argument("--save-latents", type=Path, metavar="FILE", help="also write the final latents, as safetensors")
 
 
@@ -57,26 +59,25 @@ def add_request_options(p: argparse.ArgumentParser, request_type: type[Request],
 
 
 def seed(text: str) -> int:
-    """A number that a generator takes."""
+    """A number that a generator takes. -1 draws one, and prints it."""
     if not -(2**63) <= int(text) < 2**64:
         raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^64 - 1, found {text}")
+    if int(text) == -1:
+        text = str(secrets.randbits(32))
+        print(f"seed: {text}")
     return int(text)
 
 
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto": the best that is there. InputError where it is not to be had."""
-    if name == "auto":
-        for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
-            if backend.is_available():
-                return torch.device(kind)
-        return torch.device("cpu")
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # "meta" has no values
-        return probe.device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        why = str(error).split(". ")[0]  # some of PyTorch's go on for pages
-        raise InputError(f"device {name!r} is not to be had: expected auto, cpu, cuda or mps ({why})") from error
+    if name != "auto":
+        from sdxl_ref.commands.devices import named_device
+
+        return named_device(name)
+    for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        if backend.is_available():
+            return torch.device(kind)
+    return torch.device("cpu")
 
 
 def check_writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
@@ -117,11 +118,24 @@ def say_what_runs(checkpoint: Checkpoint, dtype: str, device: torch.device) -> N
         print(f"note: {checkpoint.note}")
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG with its settings: never half a file. InputError where it cannot be written."""
-    chunks = png_chunks(settings)
+def check_format(path: Path) -> None:
+    """InputError unless the name of a picture says one of the formats that can be written: before the work."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(SUFFIXES)}")
+
+
+def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a picture with its settings, in the format of its suffix: never half a file.
+
+    InputError where it cannot be written. The one place that imports other formats than PNG.
+    """
     with replacing(path) as beside:
-        image.save(beside, format="PNG", pnginfo=chunks)
+        if path.suffix.lower() == ".png":
+            image.save(beside, format="PNG", pnginfo=png_chunks(texts(settings)))
+        else:
+            from sdxl_ref.pictures import formats
+
+            formats.save(image, beside, path.suffix.lower(), settings)
 
 
 def adapter_files(texts: Sequence[str]) -> list[Path]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from sdxl_ref.commands.common import check_writable, save_png, seed, versions
+from sdxl_ref.commands.common import check_format, check_writable, save_picture, seed, versions
 from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.sheets import contact_sheet
 from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest
@@ -37,6 +37,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     check_writable(a.out, read=["pocket"])
+    check_format(a.out)
     began = time.perf_counter()
     pipe = EnsemblePipeline.from_pretrained("pocket", "pocket")
     print("The pocket pair: SDXL's architecture at tiny widths, trained by this package on drawn scenes of 128 pixels.")
@@ -52,7 +53,7 @@ def run(a: argparse.Namespace) -> None:
     sheet = contact_sheet([*painted, *refined.values()], captions, columns=3)
     prompts = "; ".join(scene.caption for scene in SCENES)
     settings = {"prompt": prompts, "seed": a.seed, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    save_png(sheet, a.out, settings | {"versions": versions(), "seconds": round(seconds, 1)})
+    save_picture(sheet, a.out, settings | {"versions": versions(), "seconds": round(seconds, 1)})
     right = len([mark for mark in marks if mark.all_right])
     print(f"{right} of {len(marks)} prompts painted all right, in {seconds:.0f} s")
     print(f"The pictures: {a.out.resolve()}")

@@ -10,6 +10,7 @@ import torch
 from sdxl_ref.commands import common
 from sdxl_ref.commands.common import SHARED
 from sdxl_ref.config import InputError
+from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.sheets import contact_sheet
 from sdxl_ref.pictures.watermark import check as check_watermark
@@ -53,6 +54,7 @@ def run(a: argparse.Namespace) -> None:
     outs = [out.with_stem(f"{out.stem}-{i}") for i in range(a.num_images)] if a.num_images > 1 else [out]
     models = [a.base] if a.refiner in (None, a.base) else [a.base, a.refiner]
     common.check_writable(*dict.fromkeys((*outs, out)), a.save_latents, read=[*models, *common.adapter_files(a.lora)])
+    common.check_format(out)
     seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
     first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds])
     plans = say_plans(a, first, second)
@@ -73,9 +75,9 @@ def run(a: argparse.Namespace) -> None:
 
     settings = record(a, base, refiner, plans) | adapters | {"size": "{}x{}".format(*pictures[0].size)}
     for seed, path, picture in zip(seeds, outs, pictures, strict=True):
-        common.save_png(picture, path, settings | {"seed": seed})
+        common.save_picture(picture, path, settings | {"seed": seed})
     if a.num_images > 1:
-        common.save_png(contact_sheet(pictures), out, settings | {"seed": a.seed, "images": a.num_images})
+        common.save_picture(contact_sheet(pictures), out, settings | {"seed": a.seed, "images": a.num_images})
     if a.save_latents:
         save_latents(a.save_latents, latents, 0.0)
     print(f"wrote {', '.join(str(path) for path in dict.fromkeys([*outs, out]))}")
@@ -159,6 +161,15 @@ def record(
         if a.two_stage:
             settings["strength"] = STRENGTH if a.strength is None else a.strength
         weights = {"file": refiner.checkpoint.path.name, "sha256": refiner.checkpoint.sha256()}
+        name = weights["file"].removesuffix(".safetensors")
+        settings["refiner"] = f"{name} [{weights['sha256'][:10]}]"  # as viewers know it
+        settings["refiner_switch"] = None if a.two_stage else switch_share(plans[0].switch)
         settings["refiner_checkpoint"] = weights  # its VAE is not used: the base's decodes
     settings["unconditional"] = "; ".join(sides) if a.guidance_scale > 1 else "none"
     return settings
+
+
+def switch_share(sigma: float) -> float:
+    """The share of the training steps, from the noisiest, at this level or above: the web UI's switch."""
+    levels = NoiseSchedule().sigmas
+    return len(levels[levels >= sigma]) / len(levels)

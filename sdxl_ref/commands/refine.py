@@ -33,6 +33,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     out = a.out or Path(f"{Path(a.image).stem}-refined.png")
     common.check_writable(out, a.save_latents, read=[a.image, a.checkpoint, *common.adapter_files(a.lora)])
+    common.check_format(out)
     device = common.pick_device(a.device)
     photo = load_image(a.image)
     picture = fit(photo, MAX_PIXELS)
@@ -66,7 +67,7 @@ def run(a: argparse.Namespace) -> None:
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by}
     settings["prediction"] = pipe.config.prediction
     settings["unconditional"] = "negative prompt, encoded even where empty" if request.guided else "none"
-    common.save_png(refined, out, settings)
+    common.save_picture(refined, out, settings)
     if a.save_latents:
         save_latents(a.save_latents, latents, float(plan.grid.sigmas[-1]))
     print(f"wrote {out}")

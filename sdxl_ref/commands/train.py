@@ -89,7 +89,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
     p.add_argument("--skip-bad", action="store_true", help="leave damaged pictures out instead of stopping")
     p.add_argument("--save-every", type=int, default=500, help="steps between two saved states")
-    p.add_argument("--seed", type=seed, default=0, help="of everything that is drawn")
+    p.add_argument("--seed", type=training_seed, default=0, help="of everything that is drawn")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
 
 
@@ -101,6 +101,13 @@ class Plan:
     choice: Choice | None  # which layers get a LoRA; None: the UNet learns in full
     settings: Settings
     objective: Objective
+
+
+def training_seed(text: str) -> int:
+    """A number that a generator takes. None is drawn: by it a stopped run goes on, and processes agree."""
+    if text.strip() == "-1":
+        raise argparse.ArgumentTypeError("training needs a seed that stays: give a number from 0 on")
+    return seed(text)
 
 
 def run(a: argparse.Namespace) -> None:

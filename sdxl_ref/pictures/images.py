@@ -1,62 +1,61 @@
-"""Pictures in and out: PIL <-> tensor, one rule for sizes, and the settings that a PNG carries."""
+"""Pictures in and out: PIL <-> tensor, and one rule for sizes."""
 
-import json
 import math
 import os
-import urllib.request
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sdxl_ref.config import InputError
 
 MULTIPLE = 8  # the VAE's downsampling: sides of a picture are multiples of it
-LABELS = {  # of settings, as the AUTOMATIC1111 web UI writes them
-    "num_inference_steps": "Steps",
-    "sampler": "Sampler",
-    "spacing": "Schedule type",
-    "guidance_scale": "CFG scale",
-    "seed": "Seed",
-    "size": "Size",
-    "strength": "Denoising strength",
-}
 
 
 def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """Open a path, an http(s) address or a PIL picture as RGB, upright (EXIF orientation applied).
+    """Open a path, an http(s) address or a PIL picture as RGB: upright (EXIF orientation applied), colours in sRGB.
 
-    InputError where there is no such file or it is no picture.
+    What is not plain 8-bit RGB: see `colours.to_srgb`. InputError where there is no such file, or where it is no
+    picture, has more pixels than Pillow's limit (found out before they are decoded) or cannot be read.
     """
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    name = os.fspath(source)
+    name = source if isinstance(source, Image.Image) else os.fspath(source)
     try:
-        remote = name.startswith(("http://", "https://"))
-        with Image.open(urllib.request.urlopen(name, timeout=60) if remote else name) as image:
+        if isinstance(name, Image.Image):
+            return to_rgb(name)
+        with Image.open(opened(name)) as image:
             return to_rgb(image)
     except FileNotFoundError as error:
         raise InputError(f"no such picture: {name}") from error
     except Exception as error:  # Pillow's decoders and urllib raise of many kinds on damaged data
-        reason = str(error).replace("\n", " ")
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason += "; shrink it first, or, if you trust it, set PIL.Image.MAX_IMAGE_PIXELS = None in Python"
         raise InputError(f"expected a picture (PNG, JPEG, WebP, …), could not read {name}: {reason}") from error
 
 
+def opened(name: str) -> Any:
+    """What Pillow is to open: a file's name, or what an address answers. InputError for a pipe, a device or a folder.
+
+    The one place that imports fetching.
+    """
+    if name.startswith(("http://", "https://")):
+        from sdxl_ref.pictures.address import fetch
+
+        return fetch(name)
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise InputError("a folder, a pipe or a device is no picture: give a file")
+    return name
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> upright 8-bit RGB: transparency goes over white, 16 bits are divided by 257, grey is repeated."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise InputError("expected a picture of 8 or 16 bits, found floating point, whose range is not known")
-    if image.mode.startswith("I"):  # 16-bit grey
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((levels / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return Image.fromarray(np.array(image.convert("RGB")))  # leaves behind an EXIF that may be damaged
+    """Any PIL picture -> upright 8-bit RGB in sRGB. The one place that imports what other kinds than RGB need."""
+    if image.mode != "RGB" or image.has_transparency_data or image.info.get("icc_profile"):
+        from sdxl_ref.pictures.colours import to_srgb
+
+        image = to_srgb(image)
+    return Image.fromarray(np.array(ImageOps.exif_transpose(image)))  # leaves behind an EXIF that may be damaged
 
 
 def fit(image: Image.Image, max_pixels: int | None = None) -> Image.Image:
@@ -88,27 +87,3 @@ def from_tensor(images: Tensor) -> list[Image.Image]:
     """(b,3,H,W) in [0, 1] -> RGB pictures, rounded to the nearest of 256 levels."""
     values = (images.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).numpy()]  # (b,3,h,w) -> (b,h,w,3)
-
-
-def png_chunks(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
-    """The text chunks of a PNG that carries its settings.
-
-    `parameters` is the form that common viewers read, `sdxl_ref` is `settings` as JSON.
-    """
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt("parameters", parameters(settings).encode(errors="replace").decode())  # a prompt of broken bytes
-    chunks.add_itxt("sdxl_ref", json.dumps(settings))
-    return chunks
-
-
-def parameters(settings: Mapping[str, Any]) -> str:
-    """Settings in the form of the AUTOMATIC1111 web UI: prompt, negative prompt, then one line of `Key: value`."""
-    fields = [f"{label}: {settings[key]}" for key, label in LABELS.items() if settings.get(key) is not None]
-    digest = settings.get("checkpoint", {}).get("sha256")
-    if digest:
-        fields.append(f"Model hash: {digest[:10]}")
-    fields.append(f"Version: sdxl-ref {settings['versions']['sdxl_ref']}")
-    lines = [settings["prompt"]]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    return "\n".join([*lines, ", ".join(fields)])

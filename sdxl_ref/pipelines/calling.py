@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sdxl_ref.config import InputError, unknown
 from sdxl_ref.diffusion.schedule import Grid
 from sdxl_ref.diffusion.steps import Denoise, Step
-from sdxl_ref.pictures.images import MULTIPLE, from_tensor
+from sdxl_ref.pictures.images import MULTIPLE
 from sdxl_ref.pipelines.request import Prompt, Request
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class CallablePipeline:
 
         Latents are scaled by 0.13025, in sigma space. `callback_on_step_end(pipeline, i, sigma, {"latents": x})` is
         called after each step; it may return {"latents": …}, from which the run goes on. `watermark` puts the official
-        code's invisible one into PIL pictures. TypeError for an unknown argument, InputError for a bad value.
+        code's invisible one into PIL pictures, which carry their settings in `info` (see `recording`). TypeError for an
+        unknown argument, InputError for a bad value.
         """
         request = self.request(prompt=prompt, **arguments)
         if watermark and request.output_type != "pil":
@@ -79,13 +80,11 @@ class CallablePipeline:
             if callback_on_step_end is not None:
                 steer(step, callback_on_step_end(self, i, float(step.sigma), {"latents": step.x}))
 
+        settings = recording().settings(self, request, watermark) if request.output_type == "pil" else {}
         result = self.run(request, on_step)
         if request.output_type == "np":
             return PipelineOutput(result.cpu().permute(0, 2, 3, 1).numpy())  # (b,3,h,w) -> (b,h,w,3)
-        if request.output_type != "pil":
-            return PipelineOutput(result)
-        pictures = from_tensor(result)
-        return PipelineOutput([watermarks().embed(picture) for picture in pictures] if watermark else pictures)
+        return PipelineOutput(recording().pictures(result, settings) if request.output_type == "pil" else result)
 
     def request(self, **arguments: Any) -> Any:
         """A request of a call's arguments. TypeError that names the nearest one where there is no such argument."""
@@ -102,6 +101,11 @@ class CallablePipeline:
 
         Returns pictures (b,3,H,W) in [0,1], or, where its `output_type` is "latent", latents (b,4,h,w).
         """
+        prompts = f"{request.prompt}\n{request.prompt_2}\n{request.negative_prompt}\n{request.negative_prompt_2}"
+        if any(mark in prompts for mark in ("(", "<", "[", "BREAK")):
+            from sdxl_ref.text.markup import note_markup  # other tools'
+
+            note_markup(prompts)
         steps = self.steps(request)
         total = len(self.plan(request).grid.timesteps)
         with tqdm(total=total, **{"unit": "step", **self._progress}) as bar:
@@ -177,6 +181,13 @@ def watermarks() -> Any:
     from sdxl_ref.pictures import watermark
 
     return watermark
+
+
+def recording() -> Any:
+    """The module of the settings that pictures carry, imported when a call makes PIL pictures."""
+    from sdxl_ref.pipelines import recording
+
+    return recording
 
 
 def _documented(call: Callable[..., PipelineOutput], request_type: type[Request]) -> Callable[..., PipelineOutput]:

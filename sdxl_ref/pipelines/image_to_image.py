@@ -2,8 +2,9 @@
 arXiv:2108.01073), or go on from a noisy latent that another run left. The refiner's main job.
 """
 
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from torch import Tensor
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.schedule import NoiseSchedule, strength_steps
 from sdxl_ref.noise import draw_noise, fresh_generators
-from sdxl_ref.pictures.images import MULTIPLE, fit, load_image, to_tensor
+from sdxl_ref.pictures.images import fit, load_image, to_tensor
 from sdxl_ref.pipelines.calling import Steps
 from sdxl_ref.pipelines.pipeline import GridPlan, Pipeline, sample
 from sdxl_ref.pipelines.request import Request, Size, option
@@ -23,14 +24,15 @@ STRENGTH = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToImageRequest(Request):
-    """`image` is one of: a PIL picture or several; pictures (b,3,H,W) in [-1,1]; latents (b,4,h,w), scaled by 0.13025.
+    """`image` is one of: a PIL picture, a path or an address, or several; pictures as arrays (b,H,W,3) or tensors
+    (b,3,H,W), in [0,1] or uint8; latents (b,4,h,w), scaled by 0.13025.
 
     Without `denoising_start` it is clean, and noised to the first level that `strength` leaves. With
     `denoising_start` it is a noisy latent that stands at the first level already. `latents` stand in for the image
     where they are noisy, at the first level of `strength`.
     """
 
-    image: Image.Image | Sequence[Image.Image] | Tensor | None = option("what to start from: see the request", None)
+    image: Any = option("what to start from: see the request", None)
     strength: float | None = option("share of the steps that run, above 0 and at most 1; None: 0.3", None)
     denoising_start: float | None = option("share of the training steps that another network has done", None)
     denoising_end: float | None = option("share of the training steps after which this run stops", None)
@@ -113,31 +115,17 @@ class ImageToImagePipeline(Pipeline):
         return positive, replace(negative, crop=request.negative_crops_coords_top_left or (0, 0))
 
     def image_tensor(self, r: ImageToImageRequest) -> Tensor:
-        """The pictures (n,3,H,W) in [-1,1] or latents (n,4,h,w) of a request. InputError for other kinds."""
+        """The pictures (n,3,H,W) in [-1,1] or latents (n,4,h,w) of a request. InputError for other kinds.
+
+        The one place that imports what several pictures, arrays, tensors and latents need.
+        """
         if (r.image is None) == (r.latents is None):
             raise InputError("give either image or latents (noisy, at the first level that runs)")
         if r.latents is not None and r.strength is None and r.denoising_start is None:
             raise InputError("latents have no level: give the strength, or the denoising_start, at which they stand")
-        image = r.latents if r.image is None else r.image
-        if not isinstance(image, Tensor):
-            pictures = [image] if isinstance(image, Image.Image | str) else list(image or [])
-            tensors = [to_tensor(fit(load_image(picture))) for picture in pictures]
-            if len({tensor.shape for tensor in tensors}) != 1:
-                sizes = [tuple(tensor.shape[2:]) for tensor in tensors]
-                raise InputError(f"expected pictures of one size, found {sizes}")
-            image = torch.cat(tensors)
-        self.check_tensor(image, r.clean)
-        return image
+        image: Any = r.latents if r.image is None else r.image
+        if r.clean and isinstance(image, Image.Image | str | os.PathLike):
+            return to_tensor(fit(load_image(image)))
+        from sdxl_ref.pictures.arrays import from_arrays
 
-    def check_tensor(self, image: Tensor, clean: bool) -> None:
-        """InputError unless it is latents, or, where they may be clean, pictures that the VAE can encode."""
-        if image.ndim > 0 and len(image) == 0:
-            raise InputError("expected a picture, or one for each prompt, found none")
-        if image.ndim == 4 and image.shape[1] == self.config.vae.embed_dim:
-            return
-        if not clean:
-            expected = "latents (b,4,h,w), since denoising_start and latents go on from a noisy latent"
-            raise InputError(f"expected {expected}, found a tensor {tuple(image.shape)}")
-        if image.ndim != 4 or image.shape[1] != 3 or any(side % MULTIPLE for side in image.shape[2:]):
-            expected = "latents (b,4,h,w) or pictures (b,3,H,W) with sides that are multiples of 8"
-            raise InputError(f"expected {expected}, found a tensor {tuple(image.shape)}")
+        return from_arrays(image, self.config.vae.embed_dim, r.clean)

@@ -62,7 +62,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise InputError(unknown("sampler", self.sampler, SAMPLERS))
+            from sdxl_ref.diffusion.sampler_names import answer  # other tools' names
+
+            raise InputError(answer(self.sampler))
         if self.output_type not in OUTPUT_TYPES:
             raise InputError(unknown("output_type", self.output_type, OUTPUT_TYPES))
         for name in ("guidance_scale", "aesthetic_score", "negative_aesthetic_score"):

@@ -15,7 +15,7 @@ from sdxl_ref.weights.saving import write_tensors
 from sdxl_ref.weights.tensor_files import open_tensors, read_metadata
 
 ROWS = 64  # of a shard, at most
-VERSION = 1  # raised whenever the same picture, caption and weights give other rows: older shards are made again
+VERSION = 2  # raised whenever the same picture, caption and weights give other rows: older shards are made again
 HASH_GLOB = "[0-9a-f]" * 16  # in a shard's name
 
 

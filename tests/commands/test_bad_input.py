@@ -91,6 +91,12 @@ def check(
     assert os.listdir(here) == []
 
 
+def pipe(folder: Path, good: Path) -> Changes:
+    """Which nobody writes into."""
+    os.mkfifo(folder / "in.png")
+    return {"image": folder / "in.png"}
+
+
 # --- the checkpoint -----------------------------------------------------------------------------------------------
 
 NORM = "first_stage_model.decoder.norm_out.weight"
@@ -170,6 +176,7 @@ PICTURES: dict[str, tuple[Case, str]] = {
     "a folder as picture": (given(image="."), "expected a picture"),
     "1 pixel wide": (picture(Image.new("RGB", (1, 500))), "expected a picture of at least 8x8 pixels, found 1x500"),
     "7 pixels high": (picture(Image.new("RGB", (500, 7))), "expected a picture of at least 8x8 pixels, found 500x7"),
+    "a pipe as picture": (pipe, "a folder, a pipe or a device is no picture: give a file"),
     "a small one with a watermark": (given(watermark=True), "needs a picture of 256x256 pixels or more, found 64x64"),
 }
 
@@ -214,6 +221,7 @@ NUMBERS: list[tuple[Changes, str]] = [
 ]
 WORDS: list[tuple[Changes, str]] = [
     ({"sampler": "banana"}, "unknown sampler 'banana': expected one of euler, "),
+    ({"sampler": "DPM++ 2M Karras"}, "is called dpmpp_2m here: write --sampler dpmpp_2m --karras --spacing linspace"),
     ({"spacing": "banana"}, "unknown spacing 'banana': expected one of leading, trailing, linspace, sgm"),
     ({"strength_rule": "banana"}, "unknown strength rule 'banana': expected one of exact, sgm"),
     ({"dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),

@@ -132,7 +132,7 @@ def test_a_misspelt_word_is_answered_with_the_nearest(
     assert_one_line(capsys.readouterr().err, hint)
 
 
-@pytest.mark.parametrize(("sampler", "near"), [("eular", "euler"), ("dpmpp2m", "dpmpp_2m"), ("unpic", "unipc")])
+@pytest.mark.parametrize(("sampler", "near"), [("eular", "euler"), ("dpmp_2m", "dpmpp_2m"), ("unpic", "unipc")])
 def test_a_misspelt_sampler_is_answered_with_the_nearest(
     sampler: str, near: str, refine: Refine, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

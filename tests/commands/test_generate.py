@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import readers
 import torch
-from command_line import Stopped, assert_one_line, pixels, settings, stop
+from command_line import Stopped, assert_one_line, pixels, settings, stop, texts
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -62,6 +63,58 @@ def test_ensemble(both: list[str], here: Path, tiny_base_file: Path, tiny_refine
     made = settings(here / "generated.png")
     assert made["refiner_checkpoint"]["file"] == tiny_refiner_file.name
     assert made["unconditional"].startswith("base negative prompt encoded; refiner ")
+
+
+def fields(path: Path) -> dict[str, str]:
+    return readers.web_ui(texts(path)["parameters"])
+
+
+@pytest.mark.parametrize(
+    ("options", "switch"),
+    [
+        ([], "0.8"),
+        (["--switch", "0.65"], "0.65"),
+        (["--switch-sigma", "1.0"], "0.646"),
+        (["--switch-step", "5"], "0.598"),
+    ],
+    ids=str,
+)
+def test_viewers_are_told_the_refiner_and_its_switch(
+    options: list[str], switch: str, both: list[str], here: Path, tiny_refiner_file: Path
+) -> None:
+    """A share of the training steps in any case, as the web UI counts.
+
+    Of the 1000 levels 646 are 1.0 or more; of 10 steps the sixth starts at t = 401, and the base owns those above.
+    """
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    assert (np.cumprod(1 - betas) <= 0.5).sum() == 646  # sigma^2 = 1 / alpha_bar - 1
+    assert main([*both, *options]) == 0
+    found = fields(here / "generated.png")
+    sha256 = hashlib.sha256(tiny_refiner_file.read_bytes()).hexdigest()
+    assert found["Refiner"] == f"{tiny_refiner_file.stem} [{sha256[:10]}]"
+    assert found["Refiner switch at"] == switch
+
+
+def test_two_stages_have_a_refiner_and_no_switch(both: list[str], here: Path) -> None:
+    assert main([*both, "--two-stage"]) == 0
+    found = fields(here / "generated.png")
+    assert "Refiner" in found
+    assert "Refiner switch at" not in found
+    assert found["Denoising strength"] == "0.3"
+
+
+def test_markup_is_noted_once_for_both_stages(both: list[str], here: Path, capsys: Capture) -> None:
+    assert main([*both, "--two-stage", "--negative-prompt", "<lora:x:1>"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: '<lora:x:1>' in a prompt is read as words")
+    assert error.count("\n") == 1
+
+
+def test_a_seed_of_minus_1_is_drawn_and_counted_up(base: list[str], here: Path, capsys: Capture) -> None:
+    assert main([*base, "--seed", "-1", "--num-images", "2"]) == 0
+    seed = int(capsys.readouterr().out.splitlines()[0].removeprefix("seed: "))
+    made = [settings(here / f"generated-{i}.png")["seed"] for i in range(2)]
+    assert made == [seed, seed + 1]
 
 
 def test_low_memory_makes_the_same_bytes(both: list[str], here: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import profiles
 import pytest
+import readers
 import torch
 from command_line import Refine, Stopped, pixels, settings, stop, texts
 from PIL import Image
@@ -81,8 +83,9 @@ def test_the_picture_carries_all_that_it_takes_to_make_it_again(
     assert made["image_sha256"] == hashlib.sha256(Path(refine.image).read_bytes()).hexdigest()
     assert made["versions"] == {"sdxl_ref": sdxl_ref.__version__, "torch": torch.__version__}
     assert texts(here / "out.png")["parameters"] == (
-        "a cat\nNegative prompt: blurry\nSteps: 10, Sampler: euler, Schedule type: leading, CFG scale: 5.0, Seed: 7, "
-        f"Size: 64x64, Denoising strength: 0.4, Model hash: {sha256[:10]}, Version: sdxl-ref {sdxl_ref.__version__}"
+        "a cat\nNegative prompt: blurry\nSteps: 10, Sampler: Euler, Schedule type: leading, CFG scale: 5.0, Seed: 7, "
+        f"Size: 64x64, Model hash: {sha256[:10]}, Model: {tiny_refiner_file.stem}, Denoising strength: 0.4, "
+        f"Version: sdxl-ref {sdxl_ref.__version__}"
     )
 
 
@@ -144,6 +147,34 @@ def test_every_option_changes_the_picture(
     made = settings(here / "out.png")
     for name, value in changes.items():
         assert made["num_inference_steps" if name == "steps" else name] == value
+
+
+@pytest.mark.parametrize("lora", [None, "a.safetensors"])
+def test_markup_of_other_tools_is_noted_once(
+    lora: str | None, refine: Refine, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = "lora_unet_middle_block_1_proj_in"
+    factors = {f"{layer}.lora_down.weight": torch.ones(1, 64), f"{layer}.lora_up.weight": torch.ones(64, 1)}
+    save_file(factors, "a.safetensors")
+    assert refine(prompt="a (cat:1.3)", negative_prompt="BREAK", out="out.png", lora=lora) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: '(cat:1.3)' in a prompt is read as words")
+    assert error.count("\n") == 1
+    assert refine(prompt="a cat (grey)", out="out.png") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_seed_of_minus_1_is_drawn_and_told(refine: Refine, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refine(seed=-1, out="a.png") == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    seed = settings(here / "a.png")["seed"]
+    assert first == f"seed: {seed}"
+    assert 0 <= seed < 2**32
+    assert refine(seed=seed, out="b.png") == 0
+    assert "seed" not in capsys.readouterr().out
+    assert np.array_equal(pixels(here / "a.png"), pixels(here / "b.png"))
+    assert refine(seed=-1, out="c.png") == 0
+    assert settings(here / "c.png")["seed"] != seed
 
 
 def test_a_prompt_over_77_tokens_is_cut(refine: Refine, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +241,26 @@ def test_a_damaged_exif_does_not_matter(
     assert load_image("a.jpg").info == {}  # nothing of it goes on
     assert refine("a.jpg", out="out.png") == 0
     assert capsys.readouterr().err == ""
+
+
+def test_the_colours_of_a_phones_photo(refine: Refine, here: Path, photo: Path) -> None:
+    """The picture is that of the same photo in sRGB."""
+    with Image.open(photo) as image:
+        image.save("p3.png", icc_profile=profiles.display_p3())
+    load_image("p3.png").save("srgb.png")
+    for name in ("p3", "srgb"):
+        assert refine(f"{name}.png", out=f"{name}-out.png") == 0
+    assert np.array_equal(pixels(here / "p3-out.png"), pixels(here / "srgb-out.png"))
+    assert refine(out="plain.png") == 0
+    assert not np.array_equal(pixels(here / "p3-out.png"), pixels(here / "plain.png"))
+
+
+def test_a_damaged_profile_is_told(refine: Refine, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (64, 64)).save("a.png", icc_profile=b"hello")
+    assert refine("a.png", out="out.png") == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: the colour profile of a.png is damaged")
+    assert error.count("\n") == 1
 
 
 # --- what it leaves -----------------------------------------------------------------------------------------------
@@ -295,6 +346,7 @@ def test_the_settings_tell_the_adapters_by_their_hashes(refine: Refine, here: Pa
     assert refine(out="out.png", lora="a.safetensors:0.5") == 0
     assert settings(here / "out.png")["lora_sha256"] == sha256
     assert settings(here / "out.png")["lora"] == ["a.safetensors:0.5"]
+    assert readers.web_ui(texts(here / "out.png")["parameters"])["Lora hashes"] == f"a: {sha256[0][:12]}"
 
 
 def test_a_smallest_strength_that_is_named_works(refine: Refine, here: Path) -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readers
 from command_line import Refine, Stopped, assert_one_line, settings, stop
+from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_ref.pipelines import ImageToImagePipeline
+from sdxl_ref.cli import main
+from sdxl_ref.pipelines import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 
+GENERATE = ["generate", "--prompt", "a cup", "--base", "pocket"]
 ELSEWHERE = "expected a file name in an existing, writable folder"
 
 
@@ -112,3 +116,35 @@ def test_results_go_through_links(refine: Refine, here: Path) -> None:
     assert load_file("folder/old.safetensors")["latents"].shape == (1, 4, 8, 8)
     assert sorted(os.listdir()) == ["folder", "out.png", "out.safetensors"]
     assert sorted(os.listdir("folder")) == ["old.png", "old.safetensors"]
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["out", "out.bmp", "out.safetensors", "out.png.bak", ".png", "out."])
+def test_a_name_that_says_no_format_is_refused_before_the_work(
+    out: str, refine: Refine, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pipeline in (ImageToImagePipeline, TextToImagePipeline):
+        monkeypatch.setattr(pipeline, "open", stop)
+    monkeypatch.setattr(EnsemblePipeline, "from_pretrained", stop)
+    message = f"cannot write {out}: expected a name that ends in .png, .jpg, .jpeg, .webp, .tif, .tiff"
+    for command in (refine.words(out=out), [*GENERATE, "--out", out], ["demo", "--out", out]):
+        assert main(command) == 2
+        assert_one_line(capsys.readouterr().err, message)
+    assert os.listdir(here) == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG", "webp", "tif"])
+def test_the_name_says_the_format(suffix: str, refine: Refine, here: Path, tiny_base_file: Path) -> None:
+    """Of every picture that a command writes, the sheet too."""
+    assert refine(out=f"out.{suffix}", steps=2) == 0
+    size = ["--height", "64", "--width", "64", "--steps", "2", "--num-images", "2", "--base", str(tiny_base_file)]
+    assert main([*GENERATE[:3], *size, "--out", f"many.{suffix}"]) == 0
+    names = [f"{name}.{suffix}" for name in ("many", "many-0", "many-1", "out")]
+    assert sorted(os.listdir()) == sorted(names)
+    for name in names:
+        with Image.open(name) as image:
+            assert image.format == {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper())
+            text = image.info["parameters"] if suffix == "png" else readers.user_comment(image)
+        assert readers.web_ui(text)["Sampler"] == "Euler"

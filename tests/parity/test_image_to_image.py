@@ -87,6 +87,23 @@ def test_noisy_latents_with_denoising_start_and_end(start: float, end: float | N
     checks.close(mine, theirs, checks.PIPELINE, f"denoising {start} to {end}")
 
 
+FORMS = {
+    "an array": lambda pixels: pixels,
+    "arrays": list,
+    "a tensor": lambda pixels: torch.from_numpy(pixels).permute(0, 3, 1, 2),
+    "a tensor of one": lambda pixels: torch.from_numpy(pixels)[0].permute(2, 0, 1),
+    "tensors": lambda pixels: list(torch.from_numpy(pixels).permute(0, 3, 1, 2)),
+    "a tensor in [-1, 1]": lambda pixels: 2 * torch.from_numpy(pixels).permute(0, 3, 1, 2) - 1,
+}
+
+
+@pytest.mark.filterwarnings("ignore:an image has values below 0")
+@pytest.mark.parametrize("form", FORMS)
+def test_arrays_and_tensors(form: str) -> None:
+    pixels = np.asarray(pairs.picture(), dtype=np.float32)[None] / 255  # (1,h,w,3)
+    checks.close(*both(image=FORMS[form](pixels)), checks.PIPELINE, form)
+
+
 def test_scores_and_default_sizes() -> None:
     defaults = {"original_size": None, "crops_coords_top_left": (0, 0), "negative_original_size": None}
     scores = {"aesthetic_score": 7.25, "negative_aesthetic_score": 1.5}

@@ -1,8 +1,10 @@
 """What image-to-image promises beyond parity: inputs, randomness, plans, results, errors."""
 
+from pathlib import Path
 from typing import Any
 
 import checks
+import numpy as np
 import pairs
 import peers
 import pytest
@@ -38,7 +40,7 @@ def run(pipe: ImageToImagePipeline, **arguments: Any) -> Tensor:
 
 @pytest.mark.parametrize("sampler", ["euler", "ddpm"])
 def test_image_i_of_a_batch_is_the_image_made_alone(pipe: ImageToImagePipeline, sampler: str) -> None:
-    images = torch.cat([checks.normal(1, 3, 64, 64, seed=i, dtype=torch.float32).clamp(-1, 1) for i in range(4)])
+    images = torch.cat([checks.normal(1, 3, 64, 64, seed=i, dtype=torch.float32).sigmoid() for i in range(4)])
     prompts = ["a", "b cup", "c on a table", "d"]
     batch = run(pipe, image=images, prompt=prompts, generator=seeds(5, 6, 7, 8), sampler=sampler)
     for i in range(4):
@@ -137,6 +139,27 @@ def test_pictures_are_fitted_and_tensors_are_taken_as_they_are(pipe: ImageToImag
         run(pipe, image=[pairs.picture(), pairs.picture().resize((64, 64))])
 
 
+@pytest.mark.parametrize("output_type", ["pt", "np", "pil"])
+def test_what_a_call_returns_can_be_handed_in(pipe: ImageToImagePipeline, output_type: str) -> None:
+    """As it is, and as the array that it holds: what the VAE encodes is what was decoded."""
+    images = pipe(**pairs.request(generator=seeds(0), output_type=output_type)).images
+    decoded = pipe(**pairs.request(generator=seeds(0), output_type="pt")).images  # (1,3,96,128) in [0,1]
+    if output_type == "pil":
+        decoded = (decoded * 255).round() / 255
+    forms = [images, list(images)] if output_type != "pil" else [images, np.asarray(images[0])]
+    for form in forms:
+        request = ImageToImageRequest(**pairs.request(image=form))
+        assert torch.equal(pipe.image_tensor(request), 2 * decoded - 1)
+    run(pipe, image=images)
+
+
+def test_a_file_by_its_path(pipe: ImageToImagePipeline, tmp_path: Path) -> None:
+    pairs.picture().save(tmp_path / "a.png")
+    expected = run(pipe)
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png"), [tmp_path / "a.png"]):
+        assert torch.equal(run(pipe, image=path), expected)
+
+
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +202,8 @@ BAD = {
         "latents have no level: give the strength, or the denoising_start",
     ),
     "channels": ({"image": torch.zeros(1, 5, 8, 8)}, r"found a tensor \(1, 5, 8, 8\)"),
-    "no batch": ({"image": torch.zeros(3, 64, 64)}, r"found a tensor \(3, 64, 64\)"),
+    "channels last": ({"image": torch.zeros(64, 64, 3)}, r"found a tensor \(64, 64, 3\): move the channels"),
+    "values": ({"image": 255 * torch.ones(1, 3, 64, 64)}, "expected values from 0 to 1"),
     "sides": ({"image": torch.zeros(1, 3, 60, 64)}, "multiples of 8"),
     "prompts and images": (
         {"prompt": ["a", "b", "c"], "image": torch.zeros(2, 3, 64, 64)},

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import profiles
 import pytest
 import torch
 from training_data import CONFIGS, LINES, Networks, bytes_of, networks, rows_of, speckled, write_folder
@@ -48,6 +49,18 @@ def test_rows_are_what_the_networks_give(kind: str, tmp_path: Path) -> None:
     last = {"refiner": [[6.0], [7.0], [5.5]], "base": [[128.0, 128.0]] * 3}[kind]
     sizes = [[128, 128, 0, 0], [100, 102, 0, 1], [100, 102, 0, 1]]
     assert batch.numbers.tolist() == [[*map(float, a), *b] for a, b in zip(sizes, last, strict=True)]
+
+
+def test_the_colours_of_a_phones_photo(base: Networks, tmp_path: Path) -> None:
+    """The latents are those of the same picture in sRGB."""
+    folder = write_folder(tmp_path / "data", LINES)
+    picture = speckled(1, 128, 128)
+    picture.save(folder / "square.png", icc_profile=profiles.display_p3())
+    load_image(folder / "square.png").save(folder / "more" / "other.png")
+    batch = base.dataset(folder, tmp_path / "cache").batch([0, 2])
+    assert torch.equal(batch.mean[0], batch.mean[1])
+    plain = base.parts["vae"].encode(to_tensor(picture)).mean[0] * base.config.vae.scale_factor  # type: ignore[operator]
+    assert not torch.equal(batch.mean[0], plain)
 
 
 def test_some_pictures_of_a_batch(base: Networks, tmp_path: Path) -> None:

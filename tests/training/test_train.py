@@ -45,6 +45,7 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Path], None], str]] = {
     "no steps": ({"steps": "0"}, untouched, "steps must be a number from 1 to 1e9, found 0"),
     "an endless rate": ({"learning-rate": "inf"}, untouched, "learning rate must be a number from 0 to 1e9, found inf"),
     "an alpha of 0": ({"alpha": "0"}, untouched, "alpha of a LoRA must be a finite number above 0, found 0"),
+    "a seed to be drawn": ({"seed": "-1"}, untouched, "training needs a seed that stays: give a number from 0 on"),
     "no pictures a batch": ({"batch-size": "0"}, untouched, "--batch-size must be from 1 to 10000, found 0"),
     "too many a batch": ({"batch-size": "10001"}, untouched, "--batch-size must be from 1 to 10000, found 10001"),
     "too many a step": ({"accumulate": "1000001"}, untouched, "--accumulate must be from 1 to 1000000, found 1000001"),

@@ -1,0 +1,65 @@
+"""Other tools' markup in a prompt is noted once, and plain words are not."""
+
+import time
+import warnings
+
+import pytest
+
+from sdxl_ref.text.markup import MARKUP, note_markup
+
+MARKED = {
+    "a (red cat:1.3) on a mat": "(red cat:1.3)",
+    "a (cat: 0.5 ), rain": "(cat: 0.5 )",
+    "(cat:1)": "(cat:1)",
+    "(style2:1.2)": "(style2:1.2)",
+    "(a:.5)": "(a:.5)",
+    "((a cat:1.3))": "(a cat:1.3)",
+    "a cat <lora:style:0.8>": "<lora:style:0.8>",
+    "<lora:style>": "<lora:style>",
+    "<lyco:x:1> <hypernet:y:1>": "<lyco:x:1>",
+    "a cat BREAK a dog": "BREAK",
+    "a cat\nBREAK\na dog": "BREAK",
+    "a [cat:dog:0.5] runs": "[cat:dog:0.5]",
+    "[cat:10]": "[cat:10]",
+    "[cat::12]": "[cat::12]",
+    "[:cat:0.3]": "[:cat:0.3]",
+}
+PLAIN = [
+    "",
+    "a cat (grey) on a [red] mat",
+    "a poster (16:9)",
+    "a clock (at 10:30)",
+    "portrait: a woman (smiling: yes)",
+    "BREAKFAST at TIFFANY's, a break, Break",
+    "a < b, c > d, <3",
+    "a note [see: page 3]",
+    "1.3:1 (wide)",
+    "(word:1.3",
+    "word:1.3)",
+]
+
+
+@pytest.mark.parametrize(("prompt", "quoted"), MARKED.items())
+def test_markup_is_quoted(prompt: str, quoted: str) -> None:
+    with pytest.warns(UserWarning, match="in a prompt is read as words") as caught:
+        note_markup(prompt)
+    [warning] = caught
+    assert str(warning.message).startswith(f"{quoted!r} in a prompt is read as words")
+    for place in ("--lora FILE:SCALE", "load_lora_weights"):
+        assert place in str(warning.message)
+
+
+@pytest.mark.parametrize("prompt", PLAIN)
+def test_plain_words_are_not_noted(prompt: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        note_markup(prompt)
+
+
+@pytest.mark.parametrize("piece", ["(", "(a:", "(a:1", "[:", "[a:1", "<lora:", "(:1.", "(a: ", "BREA", "1", ":"])
+def test_long_prompts_take_no_time(piece: str) -> None:
+    prompt = piece * (100_000 // len(piece))
+    began = time.perf_counter()
+    MARKUP.search(prompt)
+    MARKUP.search(f"({prompt}")
+    assert time.perf_counter() - began < 5
