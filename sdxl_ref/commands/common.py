@@ -154,7 +154,7 @@ def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
             print(f"{path.name} at {scale:g} on the {model.config.kind}: {report}")
         names.append(name)
         scales.append(scale)
-        digests.append(sha256_of(path))
+        digests.append(sha256_of(pipe.adapters.file(name)))
     if names:
         pipe.set_adapters(names, scales)
     return {"lora": list(texts), "lora_sha256": digests}

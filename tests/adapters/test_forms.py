@@ -129,13 +129,13 @@ def whole_changes(adapter: Adapter, config: ModelConfig) -> dict[tuple[str, str]
     changes = {}
     for (part, key), layers in adapter.changes.items():
         changes[part, key] = torch.zeros(shapes[part][key].shape)
-        lora.add(changes[part, key], layers, 1.0)
+        lora.add(changes[part, key], torch.zeros_like(changes[part, key]), layers, 1.0)
     return changes
 
 
 def test_the_folder_is_the_list() -> None:
     files = {path.stem for path in Path(forms.__path__[0]).glob("*.py")} - {"__init__"}
-    assert files == FORMS.keys() >= {"kohya", "official", "peft"}
+    assert files == FORMS.keys() >= {"comfyui", "kohya", "official", "peft"}
 
 
 def test_a_form_is_added_as_one_file(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_refusals(tmp_path: Path) -> None:
 
     good = "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"
     down, up = torch.randn(4, 64), torch.randn(64, 4)
-    refused({"weight": up}, "is no LoRA in kohya's, PEFT's, diffusers' or official names: found weight")
+    refused({"weight": up}, "is no LoRA in ComfyUI's, kohya's, PEFT's, diffusers' or official names: found weight")
     refused({f"{good}.lora_A.weight": down}, "has no up factor: the file is not whole")
     refused({f"{good}.lora_A.weight": down, f"{good}.lora_B.weight": up[:, :3].contiguous()}, "no common rank")
     refused({f"{good}.lora_A.weight": down[:0], f"{good}.lora_B.weight": up[:, :0].contiguous()}, "no common rank")
