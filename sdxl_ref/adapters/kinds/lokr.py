@@ -46,7 +46,7 @@ class Side:
             return self.whole.float()
         assert self.a is not None
         assert self.b is not None
-        return product(self.a, self.b, self.t).reshape(self.shape)
+        return product(self.a, self.b, self.t).reshape(self.shape).contiguous()
 
     def to(self, device: torch.device | str) -> "Side":
         tensors = (self.whole, self.a, self.b, self.t)
