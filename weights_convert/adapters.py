@@ -80,12 +80,12 @@ class Merging:
         if key not in self.acted_on:
             return self._rounded(key, tensor)
         original = tensor.float()
-        total = original.clone()
+        change = torch.zeros_like(original)
         for adapter, scale in self.fitted:
-            lora.add(total, original, adapter.changes.get(self.acted_on[key], []), scale)
-        merged = self._rounded(key, total)
-        change = float((total - original).double().square().sum())
-        self.squares[key] = (change, float((merged.float() - total).double().square().sum()))
+            lora.add(change, original, adapter.changes.get(self.acted_on[key], []), scale)
+        merged = self._rounded(key, original + change)
+        lost = merged.double() - original.double() - change.double()
+        self.squares[key] = (float(change.double().square().sum()), float(lost.square().sum()))
         return merged
 
     def _rounded(self, key: str, tensor: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ Layers are hooked where they stand, so that the networks stay what they are; wha
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from sdxl_ref.adapters.places import Place, matrices, places
 from sdxl_ref.adapters.writing import names_of
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.weights.layouts import part_rules
+from sdxl_ref.weights.patterns import Patterns
 
 EXAMPLE = "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 
@@ -44,14 +44,11 @@ class Choice:
             raise InputError(f"the rank of a LoRA must be at least 1, found {self.rank}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise InputError(f"the alpha of a LoRA must be a finite number above 0, found {self.alpha}")
-        try:
-            re.compile(self.layers)
-        except re.error as error:
-            raise InputError(f"expected a regular expression for the layers, found {self.layers!r}: {error}") from error
+        self.patterns()
 
-    def matches(self, names: Iterable[str]) -> bool:
-        """Whether one of a layer's names is among those that are looked for."""
-        return any(re.search(self.layers, name) for name in names)
+    def patterns(self) -> Patterns:
+        """The expression of the layers. InputError where it is none; its search takes bounded time."""
+        return Patterns({self.layers: self.layers}, "the layers to train")
 
 
 class LowRank(nn.Module):
@@ -112,13 +109,15 @@ def _chosen(part: str, network: nn.Module, config: ModelConfig, choice: Choice) 
     _, network_rules = part_rules(part, config)
     for name, place in places(part, network_rules).items():
         names.setdefault(place, []).append(f"{part}.{name}")
+    patterns = choice.patterns()
     learning = []
     for place in matrices(config):
         if place.part != part or not _runs(place, config):
             continue
         owner, _, _ = place.key.rpartition(".")
         is_kernel = part == "unet" and isinstance(network.get_submodule(owner), nn.Conv2d)
-        if (is_kernel and choice.convolutions) or choice.matches(names[place]):
+        is_named = any(patterns.first(name, anywhere=True) is not None for name in names[place])
+        if (is_kernel and choice.convolutions) or is_named:
             learning.append(place)
     return learning
 

@@ -9,7 +9,7 @@ from typing import Any
 import peers
 import pytest
 import torch
-from adapter_files import networks, put_on, unet_inputs, with_peft
+from adapter_files import networks, put_on, with_peft
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -18,61 +18,61 @@ from sdxl_ref.adapters.factors import Factors
 from sdxl_ref.adapters.peft_settings import CONFIG_FILE, HEADER_KEY, HONOURED, NO_EFFECT, REFUSED, peft_settings
 from sdxl_ref.config import InputError
 
-LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+LAYER = "encoder.layers.1.self_attn.q_proj"
 PATTERNS: dict[str, tuple[int, dict[str, Any]]] = {  # the number of scales, and patterns of alphas and ranks
-    "the end of a name": (2, {"alpha_pattern": {"attn1.to_q": 16.0}}),
+    "the end of a name": (2, {"alpha_pattern": {"self_attn.q_proj": 16.0}}),
     "a whole name, anchored": (2, {"alpha_pattern": {f"^{LAYER}": 16.0}}),
-    "an anchored expression": (2, {"alpha_pattern": {r"^down_blocks\..*\.to_q": 16.0}}),
-    "two fit, the narrow one first": (3, {"alpha_pattern": {LAYER: 16.0, "to_q": 2.5}}),
-    "two fit, the wide one first": (2, {"alpha_pattern": {"attn1.to_q": 2.5, LAYER: 16.0}}),
-    "alternatives in one": (2, {"alpha_pattern": {"attn1.to_q|attn2.to_k": 16.0}}),
-    "the start of a name is no end": (1, {"alpha_pattern": {"mid_block": 16.0}}),
-    "part of a word is no end": (1, {"alpha_pattern": {"o_q": 16.0}}),
-    "ranks": (3, {"rank_pattern": {"attn1.to_q": 2, "to_k": 3}}),
+    "an anchored expression": (2, {"alpha_pattern": {r"^encoder\..*\.q_proj": 16.0}}),
+    "two fit, the narrow one first": (3, {"alpha_pattern": {LAYER: 16.0, "q_proj": 2.5}}),
+    "two fit, the wide one first": (2, {"alpha_pattern": {".*q_proj": 2.5, LAYER: 16.0}}),
+    "alternatives in one": (2, {"alpha_pattern": {"1.self_attn.q_proj|0.self_attn.k_proj": 16.0}}),
+    "the start of a name is no end": (1, {"alpha_pattern": {"encoder": 16.0}}),
+    "part of a word is no end": (1, {"alpha_pattern": {"_proj": 16.0}}),
+    "ranks": (3, {"rank_pattern": {LAYER: 2, "k_proj": 3}}),
     "all, and the root of the rank": (
         3,
-        {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"to_q": 6.0}, "use_rslora": True},
+        {"rank_pattern": {LAYER: 2}, "alpha_pattern": {"q_proj": 6.0}, "use_rslora": True},
     ),
 }  # keys in the order of the alphabet: diffusers and PEFT sort them in their files
 
 
 def saved(tmp_path: Path, **options: Any) -> Any:
-    """A diffusers UNet with a random adapter by PEFT, and what diffusers' pipeline saves of it."""
+    """CLIP-L with a random adapter by PEFT, and what diffusers' pipeline saves of it."""
     from diffusers import StableDiffusionXLPipeline
     from peft import get_peft_model_state_dict
 
-    peer = with_peft(
-        peers.diffusers_unet(networks(peers.SMALL_BASE)["unet"]),  # type: ignore[arg-type]
-        ["to_q", "to_k"],
-        **options,
-    )
+    clip: Any = networks(peers.SMALL_BASE)["text_encoder"]
+    peer = with_peft(peers.transformers_clip(clip), ["q_proj", "k_proj"], **options)
     StableDiffusionXLPipeline.save_lora_weights(
         tmp_path,
-        unet_lora_layers=get_peft_model_state_dict(peer),
-        unet_lora_adapter_metadata=peer.peft_config["default"].to_dict(),
+        text_encoder_lora_layers=get_peft_model_state_dict(peer),
+        text_encoder_lora_adapter_metadata=peer.peft_config["default"].to_dict(),
     )
     return peer
+
+
+@torch.no_grad()
+def distance(peer: Any, folder: Path) -> float:
+    """Of the peer's context and ours, with the adapter of a folder."""
+    clip = networks(peers.SMALL_BASE)["text_encoder"]
+    put_on({"text_encoder": clip}, (lora.load(folder, peers.SMALL_BASE), 1.0))
+    tokens = torch.full((1, 77), 49407)
+    tokens[0, 0] = 49406
+    return peers.distance(clip(tokens), peer(tokens, output_hidden_states=True).hidden_states[-2])
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_layer_has_pefts_scale(name: str, tmp_path: Path) -> None:
     count, options = PATTERNS[name]
     peer = saved(tmp_path, **options)
-    scales = {f"unet.{name}": m.scaling["default"] for name, m in peer.named_modules() if hasattr(m, "scaling")}
+    scales = {f"text_encoder.{name}": m.scaling["default"] for name, m in peer.named_modules() if hasattr(m, "scaling")}
     factors: Any = lora.read(tmp_path)
     assert {name: own.alpha / own.rank for name, own in factors.items()} == pytest.approx(scales)
+    assert distance(peer, tmp_path) <= 1e-5
     assert len(set(scales.values())) == count
 
 
-def test_the_picture_of_a_unet_with_patterns(tmp_path: Path) -> None:
-    peer = saved(tmp_path, **PATTERNS["all, and the root of the rank"][1])
-    unet = networks(peers.SMALL_BASE)["unet"]
-    put_on({"unet": unet}, (lora.load(tmp_path, peers.SMALL_BASE), 1.0))
-    inputs = unet_inputs(peers.SMALL_BASE)
-    assert peers.distance(unet(*inputs), peers.call_diffusers_unet(peer, *inputs)) <= 1e-5
-
-
-def alpha(texts: dict[str, str], layer: str = f"unet.{LAYER}", rank: int = 4) -> float | None:
+def alpha(texts: dict[str, str], layer: str = "unet.mid_block.to_q", rank: int = 4) -> float | None:
     settings = peft_settings(texts)
     return None if settings is None else settings.alpha(layer, rank)
 
@@ -99,7 +99,7 @@ def test_names_that_patterns_are_compared_with() -> None:
     by_part = {HEADER_KEY: json.dumps({f"unet.{key}": value for key, value in config.items()})}
     assert alpha(by_part) == 2
     assert alpha({CONFIG_FILE: json.dumps(config)}) == 3
-    assert alpha({CONFIG_FILE: json.dumps(config)}, LAYER) == 2
+    assert alpha({CONFIG_FILE: json.dumps(config)}, "mid_block.to_q") == 2
 
 
 # --- every key ------------------------------------------------------------------------------------------------------
@@ -171,10 +171,7 @@ def test_what_has_no_effect_in_peft_either(options: dict[str, Any], tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: None)
         peer = saved(tmp_path, **options)
-    unet = networks(peers.SMALL_BASE)["unet"]
-    put_on({"unet": unet}, (lora.load(tmp_path, peers.SMALL_BASE), 1.0))
-    inputs = unet_inputs(peers.SMALL_BASE)
-    assert peers.distance(unet(*inputs), peers.call_diffusers_unet(peer.eval(), *inputs)) <= 1e-5
+    assert distance(peer.eval(), tmp_path) <= 1e-5
 
 
 @pytest.mark.parametrize(
