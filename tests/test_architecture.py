@@ -41,6 +41,7 @@ OPTIONAL = {
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {"weights.folder", "weights.hub", "weights.identify"},  # kinds of checkpoint
     "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
+    "adapters.reading": {"adapters.kinds", "adapters.unsupported"},  # what is in a file beside the usual factors
     "commands.common": {  # what options ask for, and what lies at a target
         "commands.adapter_options",
         "commands.devices",

@@ -15,7 +15,8 @@ from sdxl_ref.adapters.places import Place, matrices
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.weights.checkpoint import EXTRAS, Checkpoint, differences, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
-from sdxl_ref.weights.tensor_files import is_finite
+from sdxl_ref.weights.tensor_files import is_finite, read_metadata
+from weights_convert.adapter_metadata import still_holds
 from weights_convert.convert import Report, dtypes_of, entry, model_spec, save
 from weights_convert.reports import difference
 
@@ -23,20 +24,29 @@ Read = Callable[[str], Tensor]
 
 
 def merge(
-    source: str | Path, adapters: Sequence[tuple[str | Path, float]], target: str | Path, force: bool = False
+    source: str | Path,
+    adapters: Sequence[tuple[str | Path, float]],
+    target: str | Path,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Report:
-    """Write a checkpoint with adapters added to its weights, each times a scale; dtypes stay, tensor by tensor."""
+    """Write a checkpoint with adapters added to its weights, each times a scale.
+
+    Every weight gets `dtype`, or stays in its own; the report says how much of the change that rounds away.
+    """
     checkpoint = open_checkpoint(source)
     fitted = [(lora.load(path, checkpoint.config), scale) for path, scale in adapters]
     report = Report([f"{path}: {adapter}" for (path, _), (adapter, _) in zip(adapters, fitted, strict=True)])
-    acted_on = tensors_acted_on(fitted, checkpoint.config)
     dtypes = dtypes_of(checkpoint)
+    if dtype is not None:
+        dtypes = {key: dtype if own.is_floating_point else own for key, own in dtypes.items()}
     with checkpoint.reader() as read:
-        read_merged = merging(read, fitted, acted_on)
-        entries = [entry(key, dtypes[key], checkpoint.shapes[key], read_merged) for key in sorted(checkpoint.shapes)]
+        merging = Merging(read, fitted, dtypes, tensors_acted_on(fitted, checkpoint.config))
+        entries = [entry(key, dtypes[key], checkpoint.shapes[key], merging.read) for key in sorted(checkpoint.shapes)]
         metadata = dict(checkpoint.metadata) | model_spec(checkpoint.config)
         save(Path(target), entries, metadata, force)
-    report.lines.append(f"{target}: {len(acted_on)} of {len(entries)} tensors changed")
+    report.lines.append(f"{target}: {len(merging.acted_on)} of {len(entries)} tensors changed")
+    report.lines.append(merging.loss())
     return report
 
 
@@ -48,25 +58,53 @@ def tensors_acted_on(fitted: Sequence[tuple[Adapter, float]], config: ModelConfi
     return names
 
 
-def merging(read: Read, fitted: Sequence[tuple[Adapter, float]], acted_on: Mapping[str, tuple[str, str]]) -> Read:
-    """A function that reads a tensor by its key and adds what adapters change in it.
+class Merging:
+    """Tensors with what adapters add to them, in their dtypes, and how much of that is lost to these."""
 
-    It raises InputError where the tensor's dtype cannot hold the sum.
-    """
+    def __init__(
+        self,
+        source: Read,
+        fitted: Sequence[tuple[Adapter, float]],
+        dtypes: Mapping[str, torch.dtype],
+        acted_on: Mapping[str, tuple[str, str]],
+    ) -> None:
+        self.source = source
+        self.fitted = fitted
+        self.dtypes = dtypes
+        self.acted_on = acted_on
+        self.squares: dict[str, tuple[float, float]] = {}  # by key: of the change, and of what is lost of it
 
-    def read_merged(key: str) -> Tensor:
-        tensor = read(key)
-        if key not in acted_on:
-            return tensor
-        weight = tensor.float().clone()
-        for adapter, scale in fitted:
-            lora.add(weight, adapter.changes.get(acted_on[key], []), scale)
-        merged = weight.to(tensor.dtype)
-        if not is_finite(merged):
-            raise InputError(f"{key} would hold values that are not finite in {tensor.dtype}: use a lower scale")
+    def read(self, key: str) -> Tensor:
+        """A tensor by its key. InputError where its dtype cannot hold the sum."""
+        tensor = self.source(key)
+        if key not in self.acted_on:
+            return self._rounded(key, tensor)
+        original = tensor.float()
+        change = torch.zeros_like(original)
+        for adapter, scale in self.fitted:
+            lora.add(change, original, adapter.changes.get(self.acted_on[key], []), scale)
+        merged = self._rounded(key, original + change)
+        lost = merged.double() - original.double() - change.double()
+        self.squares[key] = (float(change.double().square().sum()), float(lost.square().sum()))
         return merged
 
-    return read_merged
+    def _rounded(self, key: str, tensor: Tensor) -> Tensor:
+        rounded = tensor.to(self.dtypes[key])
+        if rounded is not tensor and not is_finite(rounded):
+            advice = "use a lower scale, or another dtype"
+            raise InputError(f"{key} would hold values that are not finite in {rounded.dtype}: {advice}")
+        return rounded
+
+    def loss(self) -> str:
+        """What rounding takes from the change, in words."""
+        change = sum(square for square, _ in self.squares.values())
+        lost = sum(square for _, square in self.squares.values())
+        error = math.sqrt(lost / change) if change else 0.0
+        dtypes = sorted({str(self.dtypes[key]).removeprefix("torch.") for key in self.squares})
+        advice = (
+            ": --dtype float16 keeps more of it" if any(self.dtypes[key].itemsize == 1 for key in self.squares) else ""
+        )
+        return f"relative error of the change, as {' and '.join(dtypes)} rounds it: {error:.1e}{advice}"
 
 
 def extract(
@@ -156,15 +194,30 @@ def svd(change: Tensor, rank: int) -> Factors:
 def convert_adapter(
     source: str | Path, model: str | Path | ModelConfig, target: str | Path, form: str, force: bool = False
 ) -> Report:
-    """An adapter of any form -> one of `sdxl_ref.adapters.forms`; `model` tells its sizes."""
+    """An adapter of any form -> one of `sdxl_ref.adapters.forms`; `model` tells its sizes.
+
+    The metadata that still hold are kept. InputError for a kind of change that the form has no place for.
+    """
     config = model if isinstance(model, ModelConfig) else open_checkpoint(model).config
     adapter = lora.load(source, config)
-    write_adapter(target, adapter, config, form, force)
-    return Report([f"{source}: {adapter}", f"{target}: in the form {form}"])
+    metadata = read_metadata(lora.adapter_file(source))
+    kept = still_holds(metadata)
+    write_adapter(target, adapter, config, form, force, kept)
+    lines = [f"{source}: {adapter}", f"{target}: in the form {form}"]
+    if left := sorted(metadata.keys() - kept.keys() - writing.metadata(config).keys()):
+        lines.append(f"metadata that no longer hold are left out: {', '.join(left)}")
+    return Report(lines)
 
 
-def write_adapter(target: str | Path, adapter: Adapter, config: ModelConfig, form: str, force: bool = False) -> None:
-    """Write an adapter in a form."""
+def write_adapter(
+    target: str | Path,
+    adapter: Adapter,
+    config: ModelConfig,
+    form: str,
+    force: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter in a form, with metadata beside its own."""
     tensors = writing.tensors(adapter, config, form)
     entries = [entry(name, tensor.dtype, tensor.shape, tensors.__getitem__) for name, tensor in sorted(tensors.items())]
-    save(Path(target), entries, writing.metadata(config), force)
+    save(Path(target), entries, dict(metadata or {}) | writing.metadata(config), force)

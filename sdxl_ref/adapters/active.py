@@ -57,7 +57,7 @@ class Adapters:
         where it fits nothing, and as `lora.read` raises it; then nothing is changed. A warning where it fits in part.
         """
         fitted = self._fit(path)
-        file = os.path.realpath(path)
+        file = os.path.realpath(lora.adapter_file(path))
         if name is None:
             name = self._name_for(Path(path).stem, file)
         loaded: dict[nn.Module, Loaded] = {}
@@ -105,6 +105,10 @@ class Adapters:
     def loaded(self) -> list[str]:
         """The names of all adapters that can be made active."""
         return list(self._files())
+
+    def file(self, name: str) -> Path:
+        """The file of a loaded adapter; of one that was named as a folder, the one in it."""
+        return Path(self._files()[name])
 
     def unload(self) -> None:
         """Forget all adapters, and give the weights back bit for bit."""

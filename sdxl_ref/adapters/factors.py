@@ -9,13 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdxl_ref.adapters.change import Change
+from sdxl_ref.adapters.layer import Layer
+from sdxl_ref.config import InputError
+
 HIGHEST_RANK = 4_096  # no matrix of SDXL has a smaller side above it but the largest, and more is of no use
 
 
 @dataclass(frozen=True)
-class Factors:
+class Factors(Change):
     """One layer of an adapter: `down` (r,in) or (r,in,kh,kw); `up` (out,r) or (out,r,1,1); maybe `mid` (r,r,kh,kw)."""
 
+    kind = "LoRA"
+    forms = ("kohya", "comfyui")  # of `tensors`; every form has a place for the factors themselves
     down: Tensor
     up: Tensor
     alpha: float
@@ -53,6 +59,15 @@ class Factors:
         mid = None if self.mid is None else self.mid.to(device)
         return Factors(self.down.to(device), self.up.to(device), self.alpha, mid)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """As kohya's tools name them, beside what another kind adds to them."""
+        tensors = {"lora_down.weight": self.down, "lora_up.weight": self.up, "alpha": torch.tensor(self.alpha)}
+        return tensors if self.mid is None else tensors | {"lora_mid.weight": self.mid}
+
+    def in_peft(self) -> dict[str, Tensor]:
+        """As PEFT names them; it has no alpha in a file's tensors."""
+        return {"lora_A.weight": self.kernel().to(self.down.dtype), "lora_B.weight": self.scaled_up()}
+
     def rows(self, index: int, count: int) -> "Factors":
         """The change of one of so many equal blocks of the matrix's rows."""
         up = self.up.chunk(count)[index].contiguous()
@@ -71,3 +86,16 @@ class Factors:
         down = torch.cat([self.down, other.down])
         up = torch.cat([self.up, other.up], dim=1)
         return Factors(down, up, float(rank))
+
+
+def factors_of(layer: Layer) -> Factors:
+    """The factors of a file's layer. InputError where they make no LoRA."""
+    down, up = layer.need("down", "up")
+    rank = down.shape[0]
+    if min(down.ndim, up.ndim) < 2 or rank < 1 or up.shape[1] != rank or up[0, 0].numel() != 1:
+        shapes = f"down {tuple(down.shape)}, up {tuple(up.shape)}"
+        raise InputError(f"layer {layer.name} has no common rank of at least 1 ({shapes})")
+    mid = layer.checked("mid") if "mid" in layer.roles else None
+    if mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank)):
+        raise InputError(f"layer {layer.name} makes no LoRA of rank {rank}: found a third factor {tuple(mid.shape)}")
+    return Factors(down, up, layer.alpha(rank), mid)

@@ -2,7 +2,8 @@
 
 They are kept on the network itself, as its plain attribute `adapters`, because pipelines may share a network. Active
 adapters change the parameters: W + sum of weight * delta (Hu et al. 2021, arXiv:2106.09685), summed in float32 from the
-W that is kept and rounded once, so that no order of calls makes a difference and nothing adds up.
+W that is kept and rounded once, so that no order of calls makes a difference and nothing adds up. A change that depends
+on W, DoRA's, is that of the W that is kept, whatever other adapters add.
 
 A network whose weights are read from a file when it works, and dropped afterwards, has none to change in between: it
 lies on the meta device, and whoever reads them calls `network.adapters.put_on_again(network)`. Where such a network has
@@ -16,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdxl_ref.adapters.factors import Factors
+from sdxl_ref.adapters.change import Change
 from sdxl_ref.adapters.lora import Adapter, add
 from sdxl_ref.adapters.places import Place
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.tensor_files import is_finite
 
-Layers = list[tuple[Place, Factors]]  # that act on one parameter
+Layers = list[tuple[Place, Change]]  # that act on one parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +120,10 @@ def changed(key: str, parameter: Tensor, original: Tensor, added: list[tuple[flo
     InputError where the dtype cannot hold the sum.
     """
     exact = torch.float64 if original.dtype == torch.float64 else torch.float32
-    total = original.to(parameter.device, exact, copy=True)
+    original = original.to(parameter.device, exact)
+    total = original.clone()
     for weight, layers in added:
-        add(total, layers, weight)
+        add(total, original, layers, weight)
     rounded = torch.empty_like(parameter.data).copy_(total)
     if not is_finite(rounded):
         advice = "use lower weights, or another dtype"

@@ -1,4 +1,4 @@
-"""Where a layer of an adapter acts: on a matrix or a kernel of one of the networks, or on a block of its rows."""
+"""Where a layer of an adapter acts: on a matrix, a kernel or a bias of a network, or on a block of its rows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sdxl_ref.weights.layouts import Rule, part_rules
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A matrix or kernel of a part, by its official name.
+    """A matrix, a kernel or a bias of a part, by its official name.
 
     With `count` above 1 it is one of so many equal blocks of the rows: q, k or v of a stacked projection.
     """
@@ -36,10 +36,17 @@ def adapted_parts(config: ModelConfig) -> dict[str, str]:
 
 def places(part: str, network_rules: Iterable[Rule]) -> dict[str, Place]:
     """Every layer's name in diffusers' layout, and in the official one, -> its place; one-dimensional ones too."""
+    return _places(part, (rule for rule in network_rules if rule.official.endswith(("weight", "text_projection"))))
+
+
+def biases(part: str, network_rules: Iterable[Rule]) -> dict[str, Place]:
+    """The same of the layers' biases."""
+    return _places(part, (rule for rule in network_rules if rule.official.endswith("bias")))
+
+
+def _places(part: str, network_rules: Iterable[Rule]) -> dict[str, Place]:
     place_of: dict[str, Place] = {}
     for rule in network_rules:
-        if not rule.official.endswith(("weight", "text_projection")):
-            continue
         transposed = rule.kind == "transpose"
         place_of[module_of(rule.official)] = Place(part, rule.official, transposed=transposed)
         count = max(1, len(rule.other))
@@ -49,8 +56,11 @@ def places(part: str, network_rules: Iterable[Rule]) -> dict[str, Place]:
 
 
 def module_of(key: str) -> str:
-    """The layer that a weight belongs to: `a.b.weight` -> `a.b`; `attn.in_proj_weight` -> `attn.in_proj`."""
-    return key.removesuffix(".weight").removesuffix("_weight")
+    """The layer of a tensor: `a.b.weight` and `a.b.bias` -> `a.b`; `attn.in_proj_weight` -> `attn.in_proj`."""
+    for end in (".weight", "_weight", ".bias", "_bias"):
+        if key.endswith(end):
+            return key.removesuffix(end)
+    return key
 
 
 def matrices(config: ModelConfig) -> dict[Place, str]:

@@ -44,7 +44,7 @@ def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
             print(f"{path.name} at {scale:g} on the {model.config.kind}: {report}")
         names.append(name)
         scales.append(scale)
-        digests.append(sha256_of(path))
+        digests.append(sha256_of(pipe.adapters.file(name)))
     pipe.set_adapters(names, scales)
     hashes = ", ".join(f"{name.split(' ', 1)[1]}: {digest[:12]}" for name, digest in zip(names, digests, strict=True))
     return {"lora": list(texts), "lora_sha256": digests, "lora_hashes": hashes}

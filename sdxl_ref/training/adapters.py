@@ -7,7 +7,6 @@ Layers are hooked where they stand, so that the networks stay what they are; wha
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sdxl_ref.adapters import patterns
 from sdxl_ref.adapters.factors import HIGHEST_RANK, Factors
 from sdxl_ref.adapters.lora import Adapter
 from sdxl_ref.adapters.places import Place, matrices, places
 from sdxl_ref.adapters.writing import names_of
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.weights.layouts import part_rules
+from sdxl_ref.weights.patterns import Patterns
 
 EXAMPLE = "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 
@@ -45,7 +44,11 @@ class Choice:
             raise InputError(f"the rank of a LoRA must be from 1 to {HIGHEST_RANK}, found {self.rank}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise InputError(f"the alpha of a LoRA must be a finite number above 0, found {self.alpha}")
-        patterns.check(self.layers)
+        self.patterns()
+
+    def patterns(self) -> Patterns:
+        """The expression of the layers. InputError where it is none; its search takes bounded time."""
+        return Patterns({self.layers: self.layers}, "the layers to train")
 
 
 class LowRank(nn.Module):
@@ -106,14 +109,15 @@ def _chosen(part: str, network: nn.Module, config: ModelConfig, choice: Choice) 
     _, network_rules = part_rules(part, config)
     for name, place in places(part, network_rules).items():
         names.setdefault(place, []).append(f"{part}.{name}")
-    matched = set(patterns.matching(choice.layers, chain.from_iterable(names.values())))
+    patterns = choice.patterns()
     learning = []
     for place in matrices(config):
         if place.part != part or not _runs(place, config):
             continue
         owner, _, _ = place.key.rpartition(".")
         is_kernel = part == "unet" and isinstance(network.get_submodule(owner), nn.Conv2d)
-        if (is_kernel and choice.convolutions) or not matched.isdisjoint(names[place]):
+        is_named = any(patterns.first(name, anywhere=True) is not None for name in names[place])
+        if (is_kernel and choice.convolutions) or is_named:
             learning.append(place)
     return learning
 

@@ -25,7 +25,7 @@ def write_adapter(
     """
     adapter = learned(factors, averaged)
     for place, layer in adapter.layers.items():
-        if not (is_finite(layer.down) and is_finite(layer.up)):
+        if not all(is_finite(tensor) for tensor in layer.tensors().values()):
             raise InputError(f"the LoRA of {place.part}.{place.key} is not finite: use a lower learning rate")
     paths = []
     for form, name in ADAPTERS.items():

@@ -185,7 +185,7 @@ def test_refusals(tmp_path: Path) -> None:
 
     good = "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q"
     down, up = torch.randn(4, 64), torch.randn(64, 4)
-    refused({"weight": up}, "is no LoRA in kohya's, PEFT's, diffusers' or official names: found weight")
+    refused({"weight": up}, "is no LoRA in ComfyUI's, kohya's, PEFT's, diffusers' or official names: found weight")
     refused({f"{good}.lora_A.weight": down}, "has no up factor: the file is not whole")
     refused({f"{good}.lora_A.weight": down, f"{good}.lora_B.weight": up[:, :3].contiguous()}, "no common rank")
     refused({f"{good}.lora_A.weight": down[:0], f"{good}.lora_B.weight": up[:, :0].contiguous()}, "no common rank")
@@ -225,3 +225,42 @@ def test_a_third_factor_of_a_convolution() -> None:
     f = torch.nn.functional.conv2d
     delta = Factors(down, up, 3.0, mid).delta()
     assert peers.distance(f(x, delta, padding=1), f(f(f(x, down), mid, padding=1), up)) < 1e-6
+
+
+COMFY = "clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj"
+OFFICIAL_TO_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+SECOND = "transformer.resblocks.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize("end", ["lora_down.weight", "lora_A.weight"])
+@pytest.mark.parametrize(
+    ("name", "part", "key"),
+    [
+        ("mid_block.attentions.0.proj_in", "unet", "middle_block.1.proj_in"),
+        (OFFICIAL_TO_Q, "unet", OFFICIAL_TO_Q),
+        (f"diffusion_model.{OFFICIAL_TO_Q}", "unet", OFFICIAL_TO_Q),
+        (f"model.diffusion_model.{OFFICIAL_TO_Q}", "unet", OFFICIAL_TO_Q),
+        ("lycoris_mid_block_attentions_0_proj_in", "unet", "middle_block.1.proj_in"),
+        ("lora_unet_mid_block_attentions_0_proj_in", "unet", "middle_block.1.proj_in"),
+        (COMFY, "text_encoder", "text_model.encoder.layers.1.self_attn.q_proj"),
+        (f"text_encoders.{COMFY}", "text_encoder", "text_model.encoder.layers.1.self_attn.q_proj"),
+        ("lora_te1_text_model_encoder_layers_1_mlp_fc1", "text_encoder", "text_model.encoder.layers.1.mlp.fc1"),
+        ("lora_te1_encoder_layers_1_mlp_fc1", "text_encoder", "text_model.encoder.layers.1.mlp.fc1"),
+        ("text_encoder.encoder.layers.1.mlp.fc1", "text_encoder", "text_model.encoder.layers.1.mlp.fc1"),
+        ("lora_te2_encoder_layers_1_mlp_fc1", "text_encoder_2", SECOND),
+        ("text_encoder_2.encoder.layers.1.mlp.fc1", "text_encoder_2", SECOND),
+        ("text_encoders.clip_g.transformer.text_model.encoder.layers.1.mlp.fc1", "text_encoder_2", SECOND),
+        ("clip_g.transformer.encoder.layers.1.mlp.fc1", "text_encoder_2", SECOND),
+        ("text_encoders.clip_g.transformer.text_projection", "text_encoder_2", "text_projection"),
+    ],
+)  # fmt: skip
+def test_the_names_of_the_wild(name: str, part: str, key: str, end: str, tmp_path: Path) -> None:
+    """Without a part they are the UNet's; the towers with and without `text_model`; ComfyUI's and LyCORIS' own."""
+    key = key if key.endswith(("weight", "text_projection")) else f"{key}.weight"
+    shapes = {(place.part, place.key): shape for place, shape in lora.places_by_name(peers.SMALL_BASE)[1].items()}
+    shape = shapes[part, key]
+    other = {"lora_down.weight": "lora_up.weight", "lora_A.weight": "lora_B.weight"}[end]
+    state = {f"{name}.{end}": torch.ones(2, shape[1]), f"{name}.{other}": torch.ones(shape[0], 2)}
+    save_file(state, tmp_path / "x.safetensors")
+    [found] = lora.load(tmp_path / "x.safetensors", peers.SMALL_BASE).layers
+    assert (found.part, found.key) == (part, key)

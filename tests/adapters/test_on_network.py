@@ -72,9 +72,10 @@ def test_the_weights_are_the_rounded_sum_and_come_back_bit_for_bit(
     adapters.set(["a", "b"], [0.7, 0.3])
     expected = {key: tensor.clone() for key, tensor in before.items()}
     for part, key in fitted[0].changes:
-        total = before[f"{part}.{key}"].float().clone()
+        original = before[f"{part}.{key}"].float()
+        total = original.clone()
         for adapter, weight in zip(fitted, (0.7, 0.3), strict=True):
-            lora.add(total, adapter.changes[part, key], weight)
+            lora.add(total, original, adapter.changes[part, key], weight)
         expected[f"{part}.{key}"] = total.to(dtype)
     assert same(weights(pipe), expected)
     assert not same(expected, before)

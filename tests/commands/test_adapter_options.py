@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdxl_ref.cli import main
+from sdxl_ref.weights.tensor_files import sha256_of
 from weights_convert.adapters import merge
 
 
@@ -32,6 +33,26 @@ def test_refine_with_adapters(tiny_refiner_file: Path, here: Path, capsys: pytes
     assert np.abs(pictures["lora"] - pictures["plain"]).max() > 8
     assert main([*plain, "--lora", "none.safetensors", "--out", "x.png"]) == 2
     assert not Path("x.png").exists()
+
+
+def test_a_folder_by_peft(tiny_refiner_file: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The configuration in it counts; the settings have the hash of the file in it."""
+    Image.radial_gradient("L").convert("RGB").resize((64, 64)).save("in.png")
+    (here / "folder").mkdir()
+    file = random_file(peers.TINY_REFINER, here / "folder" / "adapter_model.safetensors")
+    common = ["refine", "in.png", "--prompt", "x", "--steps", "4", "--strength", "0.5"]
+    common += ["--checkpoint", str(tiny_refiner_file), "--lora"]
+    assert main([*common, f"{file}:2", "--out", "twice.png"]) == 0
+    (here / "folder" / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6}')
+    assert main([*common, "folder", "--out", "folder.png"]) == 0
+    assert np.abs(pixels(here / "folder.png").astype(int) - pixels(here / "twice.png").astype(int)).max() <= 1
+    assert settings(here / "folder.png")["lora_sha256"] == [sha256_of(file)]
+    (here / "folder" / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6, "lora_bias": true}')
+    capsys.readouterr()
+    assert main([*common, "folder", "--out", "refused.png"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "the adapter_config.json beside it asks for lora_bias=True: biases of the adapter's own" in message
+    assert not Path("refused.png").exists()
 
 
 def test_generate_puts_an_adapter_on_whichever_model_it_fits(

@@ -178,6 +178,7 @@ def test_alpha_is_the_rank_unless_it_is_given() -> None:
     [
         ({"rank": 0}, "rank of a LoRA must be from 1 to 4096, found 0"),
         ({"layers": "("}, "regular expression"),
+        ({"layers": r"^((.|..)+)+[!?]"}, "the layers to train: the pattern .* takes too long: write it without"),
         ({"layers": "attn3"}, "no layer has a name with 'attn3' in it: names are such as"),
     ],
 )

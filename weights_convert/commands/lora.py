@@ -3,12 +3,16 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from sdxl_ref.adapters.forms import FORMS
 from sdxl_ref.cli import Help
 from sdxl_ref.commands.adapter_options import path_and_scale
 from sdxl_ref.commands.common import adapter_files, check_writable
 from weights_convert.adapters import convert_adapter, extract, merge
 from weights_convert.commands.common import add_target_option
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -29,13 +33,15 @@ def add_command(
 def add_merge(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", type=Path, metavar="CHECKPOINT")
     p.add_argument("adapters", nargs="+", metavar="LORA[:SCALE]")
+    p.add_argument("--dtype", choices=DTYPES, help="of every weight; otherwise each stays in its own")
     add_target_option(p)
     p.set_defaults(work=run_merge)
 
 
 def run_merge(a: argparse.Namespace) -> None:
     check_writable(a.out, read=[a.source, *adapter_files(a.adapters)])
-    print(merge(a.source, [path_and_scale(text) for text in a.adapters], a.out, a.force))
+    dtype = getattr(torch, a.dtype) if a.dtype else None
+    print(merge(a.source, [path_and_scale(text) for text in a.adapters], a.out, a.force, dtype))
 
 
 def add_extract(p: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """Official names, those of a checkpoint's own tensors: `model.diffusion_model.out.2.lora_A.weight`.
 
-Nothing has to be translated. Others leave out the first word for the UNet: `diffusion_model.out.2.lora_A.weight`.
+Nothing has to be translated.
 """
 
 from typing import ClassVar
@@ -16,10 +16,7 @@ class Official(Form):
         return "official"
 
     def spellings(self, part: str, prefix: str, layer: str) -> list[str]:
-        names = [prefix + layer]
-        if part == "unet":
-            names.append(f"diffusion_model.{layer}")
-        return names
+        return [prefix + layer]
 
 
 FORM = Official()

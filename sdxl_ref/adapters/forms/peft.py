@@ -1,22 +1,18 @@
 """PEFT's form, which diffusers writes: `unet.conv_in.lora_A.weight`; and what diffusers wrote before it used PEFT.
 
-Source: PEFT's `get_peft_model_state_dict` and `LoraConfig`; diffusers' `loaders/lora_base.py` and `lora_pipeline.py`,
-and, for the older names, its `utils/state_dict_utils.py`.
+Source: PEFT's `get_peft_model_state_dict`; diffusers' `loaders/lora_base.py` and `lora_pipeline.py`, and, for the older
+names, its `utils/state_dict_utils.py`. What was saved of a UNet alone has no part in its names.
 """
 
-import json
-import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from sdxl_ref.adapters.form import Form, Layout, Suffixes
+from sdxl_ref.adapters.form import Form, Layout, Settings, Suffixes, with_and_without_text_model
+from sdxl_ref.adapters.peft_settings import peft_settings
 
 WRAPPER = "base_model.model."  # of PEFT's class around a network
-TEXT_MODEL = "text_model."  # of transformers' CLIPTextModel, which leaves it out since version 5
 PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")  # diffusers' UNet before PEFT
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
 
 
 class Peft(Form):
@@ -31,10 +27,9 @@ class Peft(Form):
         return "diffusers"
 
     def spellings(self, part: str, prefix: str, layer: str) -> list[str]:
-        names = [f"{part}.{layer}"]
-        if part != "unet" and layer.startswith(TEXT_MODEL):
-            names.append(f"{part}.{layer.removeprefix(TEXT_MODEL)}")
-        return names
+        if part == "unet":
+            return [f"{part}.{layer}", layer]
+        return [f"{part}.{name}" for name in with_and_without_text_model(layer)]
 
     def plain(self, key: str) -> str:
         """`base_model.model.x` -> `x`; `x.processor.to_out_lora.down.weight` -> `x.to_out.0.lora.down.weight`."""
@@ -45,31 +40,9 @@ class Peft(Form):
             key = f"{key[: match.start()]}.{module}.lora.{role}.weight"
         return key.removeprefix(WRAPPER)
 
-    def alpha(self, metadata: Mapping[str, str], layer: str, rank: int) -> float | None:
-        """The alpha of PEFT's configuration, where diffusers kept it in the file.
-
-        A configuration stands there for each part (`unet.lora_alpha`), and may name layers (`unet.alpha_pattern`).
-        With `use_rslora` a change is divided by the root of the rank.
-        """
-        config = configurations(metadata.get(METADATA_KEY, "{}"))
-        part = layer.split(".")[0]
-
-        def field(name: str) -> Any:
-            return config.get(f"{part}.{name}", config.get(name))
-
-        alpha = field("lora_alpha")
-        for pattern, own_alpha in (field("alpha_pattern") or {}).items():
-            if re.search(rf"(^|\.){pattern}$", layer):
-                alpha = own_alpha
-        if alpha is None:
-            return None
-        return float(alpha) * (math.sqrt(rank) if field("use_rslora") else 1)
-
-
-@lru_cache(maxsize=1)
-def configurations(text: str) -> Any:
-    """What diffusers kept of PEFT's configurations; a file's text is the same for each of its layers."""
-    return json.loads(text)
+    def settings(self, texts: Mapping[str, str]) -> Settings | None:
+        """PEFT's configuration of the layers."""
+        return peft_settings(texts)
 
 
 FORM = Peft()
