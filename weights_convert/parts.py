@@ -11,7 +11,7 @@ from sdxl_ref.weights import layouts
 from sdxl_ref.weights.checkpoint import prefixes
 from sdxl_ref.weights.folder import Source, stored_in
 from sdxl_ref.weights.layouts import Rule
-from sdxl_ref.weights.opening import find_file
+from sdxl_ref.weights.names import find_file
 
 
 def vae_sources(path: Path, config: ModelConfig) -> dict[str, Source]:

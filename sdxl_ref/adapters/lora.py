@@ -20,9 +20,10 @@ from sdxl_ref.adapters.form import Role
 from sdxl_ref.adapters.forms import FORMS
 from sdxl_ref.adapters.places import Place, adapted_parts, places
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.weights.checkpoint import by_sides
+from sdxl_ref.weights.dtypes import is_finite
+from sdxl_ref.weights.fitting import by_sides
 from sdxl_ref.weights.layouts import PARTS, part_rules
-from sdxl_ref.weights.tensor_files import is_finite, is_pickle, open_tensors, read_metadata
+from sdxl_ref.weights.tensor_files import open_tensors, read_metadata
 
 ROLES: dict[str, Role] = {
     suffix: role for form in FORMS.values() for role, suffixes in form.suffixes.items() for suffix in suffixes
@@ -91,8 +92,6 @@ def load(path: str | Path, config: ModelConfig) -> Adapter:
 def read(path: str | Path) -> dict[str, Factors]:
     """The layers of a file by the names that it gives them. InputError for what is no adapter, or a broken one."""
     path = Path(path)
-    if is_pickle(path):
-        raise InputError(f"{path} is a pickle, which can run any code when opened: expected a safetensors file")
     with open_tensors(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl_ref.weights.fitting import require_fit
+from sdxl_ref.weights.strangers import require_no_other_part
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -76,6 +78,8 @@ Json = dict[str, Any]
 def read_json(path: Path) -> Json:
     """An object from a JSON file. InputError where it is none."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise OSError("not a file")
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"expected a JSON file {path}: {error}") from error
@@ -87,6 +91,7 @@ def read_json(path: Path) -> Json:
 def model_config(folder: Path) -> ModelConfig:
     """The sizes of all parts, from their `config.json`. InputError where a field means another architecture."""
     index = read_json(folder / FOLDER_INDEX)
+    require_no_other_part(index, folder / FOLDER_INDEX)
     parts = [part for part in CLASSES if part != "text_encoder" or index.get(part) not in (None, [None, None])]
     for part in parts:
         if index.get(part) != CLASSES[part]:
@@ -101,9 +106,11 @@ def model_config(folder: Path) -> ModelConfig:
         unet = unet_config(paths["unet"], configs["unet"])
         vae = vae_config(paths["vae"], configs["vae"])
         encoders = tuple(text_config(paths[part], configs[part]) for part in parts if part.startswith("text"))
-        return ModelConfig(unet, encoders, vae, 8 * int(configs["unet"].get("sample_size", 128)))
+        config = ModelConfig(unet, encoders, vae, 8 * int(configs["unet"].get("sample_size", 128)))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{folder}: a config.json lacks or garbles a field of an SDXL model ({error!r})") from error
+    require_fit(config, folder)
+    return config
 
 
 def require(path: Path, fields: Json, expected: Json) -> None:

@@ -13,11 +13,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def config_from_shapes(shapes: Shapes) -> ModelConfig:
-    """Keys and shapes of a whole checkpoint -> its configuration; InputError where they cannot be an SDXL model's."""
+    """Keys and shapes of a checkpoint -> its configuration; InputError where they cannot be an SDXL model's.
+
+    Where there is no VAE, its configuration is the official one's.
+    """
     try:
         encoders = tuple(_text(_below(shapes, f"conditioner.embedders.{i}.")) for i in range(_text_encoders(shapes)))
         unet = _unet(_below(shapes, "model.diffusion_model."))
-        return ModelConfig(unet, encoders, _vae(_below(shapes, "first_stage_model.")))
+        vae = _below(shapes, "first_stage_model.")
+        return ModelConfig(unet, encoders, vae_config(vae) if vae else VAEConfig())
     except KeyError as error:
         raise InputError(f"expected an SDXL checkpoint in the official layout, found no {error.args[0]}") from error
     except (IndexError, InputError) as error:
@@ -88,7 +92,8 @@ def _text(shapes: Shapes) -> TextEncoderConfig:
     return TextEncoderConfig(width, _heads(width), layers, width, "quick_gelu", vocab, context_length)
 
 
-def _vae(shapes: Shapes) -> VAEConfig:
+def vae_config(shapes: Shapes) -> VAEConfig:
+    """Shapes of an autoencoder in official names -> its configuration, with SDXL's scale of latents."""
     ch, in_channels = shapes["encoder.conv_in.weight"][:2]
     levels = _count(shapes, "encoder.down.")
     widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
