@@ -62,7 +62,7 @@ def convert(
     """
     if to not in LAYOUTS:
         raise InputError(f"expected the layout {' or '.join(LAYOUTS)}, found {to!r}")
-    original = open_checkpoint(source, variant=variant)
+    original = open_checkpoint(source, variant=variant, vae=None if vae is None else True)
     if to == "diffusers":
         check_apart(source, target)
     report = Report([f"{source}: {original.name}"])

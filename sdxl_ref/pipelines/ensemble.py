@@ -114,7 +114,8 @@ class EnsemblePipeline(CallablePipeline):
         low_memory: one set of weights in memory at a time, each read when it works and dropped for the next.
         """
         if isinstance(refiner, str | Path | Checkpoint):  # a wrong file is found out before the base is read
-            refiner = ImageToImagePipeline.open(refiner, **{key: options[key] for key in WHERE if key in options})
+            where = {key: options[key] for key in WHERE if key in options} | {"vae": True}  # the base's decodes
+            refiner = ImageToImagePipeline.open(refiner, **where)
         if low_memory:
             options["offload"] = Offload(options.get("device", "cpu"))
         if not isinstance(base, TextToImagePipeline):

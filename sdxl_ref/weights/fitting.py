@@ -12,8 +12,9 @@ OTHER_MODELS = {8: "an editing model (such as InstructPix2Pix)", 9: "an inpainti
 def require_fit(config: ModelConfig, path: Path) -> None:
     """InputError unless the parts fit each other. For every kind of checkpoint: its models are told by their sizes."""
     if problem := config.misfit():
-        model = OTHER_MODELS.get(config.unet.in_channels, "another model")
-        raise InputError(f"{path} is no SDXL {config.kind} that can be run but {model}: {problem}")
+        model = OTHER_MODELS.get(config.unet.in_channels)
+        verdict = f"is {model}, which this package does not run" if model else "has parts that do not fit each other"
+        raise InputError(f"{path} {verdict}: {problem}")
 
 
 def check(config: ModelConfig, shapes: Shapes, path: Path) -> None:

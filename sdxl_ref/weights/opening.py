@@ -17,7 +17,7 @@ POCKET = {  # the small pair that is installed with this package
     f"pocket-{kind}": Path(__file__).parent.parent / "pocket" / f"pocket_{kind}.safetensors"
     for kind in ("base", "refiner")
 }
-WHERE = ("variant", "revision", "cache_dir", "local_files_only", "token")  # options of `open_checkpoint`
+WHERE = ("variant", "vae", "revision", "cache_dir", "local_files_only", "token")  # options of `open_checkpoint`
 
 
 def open_checkpoint(

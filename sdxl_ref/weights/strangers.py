@@ -40,8 +40,8 @@ KINDS = (  # the first that is found counts: what stands inside another model's 
         AS_LORA,
     ),
     Kind(r"(^|\.)motion_modules\.", "a motion module (AnimateDiff)"),
-    Kind(r"(^|\.)(joint_blocks\.\d|context_embedder\.)", "an SD 3 model"),
     Kind(r"(^|\.)(double_blocks\.\d+\.img_|single_transformer_blocks\.\d)", "a Flux model"),
+    Kind(r"(^|\.)(joint_blocks\.\d|context_embedder\.)", "an SD 3 model"),
     Kind(r"^(clip_txt_mapper|effnet_mapper|clip_mapper)\.", "a Stable Cascade model"),
     Kind(r"(^|\.)(cap_embedder|double_layers\.\d|adaln_single|patchify_proj|t_embedder|txt_in)\.", "a transformer's"),
     Kind(r"(^|\.)cond_stage_model\.transformer\.", "an SD 1.x model"),
@@ -103,6 +103,6 @@ def refusal(path: object, shapes: Shapes) -> str:
     """The message for a file that is no SDXL checkpoint."""
     kind = kind_of(shapes)
     if kind is not None:
-        return f"{path} is no SDXL base or refiner in the official layout but {kind.what}: {kind.remedy}"
+        return f"{path} is {kind.what}, no SDXL base or refiner: {kind.remedy}"
     stems = ", ".join(sorted({key.split(".")[0] for key in shapes})[:6]) or "no tensors"
     return f"{path} is no SDXL checkpoint in the official layout: no {LABEL}, found keys of {stems}"

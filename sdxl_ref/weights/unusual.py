@@ -55,7 +55,7 @@ def open_unusual(
     refuse_markers(shapes, path)
     config = config or identify({key: tensor.header for key, tensor in stored.items()}, metadata)
     notes = [] if config else [ASSUMED]
-    config = with_channels(config or config_from_shapes(shapes), shapes)
+    config = with_channels(config or sizes_of(shapes, path), shapes)
     require_fit(config, path)
     prediction, source = prediction_of(config, shapes, metadata, path)
     if source:
@@ -81,6 +81,14 @@ def without_prefix(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored
             f"{path} holds tensors twice, with and without {prefix} before their names: remove one of them"
         )
     return without
+
+
+def sizes_of(shapes: Shapes, path: Path) -> ModelConfig:
+    """The configuration that the shapes tell. InputError where they tell none."""
+    try:
+        return config_from_shapes(shapes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def refuse_markers(shapes: Shapes, path: Path) -> None:

@@ -203,7 +203,7 @@ def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = replace(
         REFINER,
         unet=replace(REFINER.unet, model_channels=192, num_res_blocks=1, context_dim=512),
-        text_encoders=(replace(OPENCLIP, width=512, heads=8, vocab_size=20_000),),
+        text_encoders=(replace(OPENCLIP, width=512, heads=8),),
     )
     path = tmp_path_factory.mktemp("large") / "a.safetensors"
     save_checkpoint(path, config, parts_of(config), torch.float16)
