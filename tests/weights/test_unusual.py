@@ -178,7 +178,7 @@ def test_noise_levels_that_we_do_not_have_are_refused_by_their_marker(
 
 
 def test_the_marker_makes_the_picture_that_diffusers_makes_of_a_v_prediction(tmp_path: Path) -> None:
-    """One step of our sampler on a marked file against diffusers' Euler with `prediction_type="v_prediction"`."""
+    """Three steps of our Euler on a marked file against diffusers' with `prediction_type="v_prediction"`."""
     config = peers.TINY_REFINER
     networks = peers.networks(config)
     prefixes = {
@@ -191,7 +191,7 @@ def test_the_marker_makes_the_picture_that_diffusers_makes_of_a_v_prediction(tmp
     pipe = ImageToImagePipeline.from_pretrained(path)
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     options = {"guidance_scale": 1.0, "output_type": "latent", "num_inference_steps": 4}
-    ours = pipe("a cup", latents=latents, denoising_start=0.8, **options).images
+    ours = pipe("a cup", latents=latents, denoising_start=0.4, **options).images
     text = pipe.encode_prompt("a cup", do_classifier_free_guidance=False)
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -205,20 +205,21 @@ def test_the_marker_makes_the_picture_that_diffusers_makes_of_a_v_prediction(tmp
     numbers = torch.tensor([[64.0, 64.0, 0.0, 0.0, 6.0]])
     unet = peers.diffusers_unet(networks["unet"])
     x = latents
-    scheduler.set_begin_index(3)
-    for t in scheduler.timesteps[3:]:
+    scheduler.set_begin_index(1)
+    for t in scheduler.timesteps[1:]:
         scaled = scheduler.scale_model_input(x, t)
         added = {"text_embeds": text.pooled_prompt_embeds, "time_ids": numbers}
         v = unet(scaled, t, encoder_hidden_states=text.prompt_embeds, added_cond_kwargs=added).sample
         x = scheduler.step(v, t, x).prev_sample
     assert peers.distance(ours, x) < 1e-5
     as_epsilon = ImageToImagePipeline.from_pretrained(path, prediction="epsilon")
-    assert peers.distance(as_epsilon("a cup", latents=latents, denoising_start=0.8, **options).images, x) > 0.01
+    assert peers.distance(as_epsilon("a cup", latents=latents, denoising_start=0.4, **options).images, x) > 0.01
 
 
 def test_conversion_keeps_the_prediction(state: State, tmp_path: Path) -> None:
     """Of a header and of a marker, into a file and into a folder."""
-    for name, (texts, markers, _) in V_FILES.items():
+    for name in ("by the header", "by the marker"):
+        texts, markers, _ = V_FILES[name]
         source = write(tmp_path / "a.safetensors", state | markers, metadata() | texts)
         convert(source, tmp_path / name, "diffusers")
         scheduler = read_json(tmp_path / name / "scheduler" / "scheduler_config.json")
