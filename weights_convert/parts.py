@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.weights import layouts
+from sdxl_ref.weights import layouts, separate_vae
 from sdxl_ref.weights.checkpoint import prefixes
 from sdxl_ref.weights.folder import Source, stored_in
 from sdxl_ref.weights.layouts import Rule
@@ -15,20 +15,10 @@ from sdxl_ref.weights.names import find_file
 
 
 def vae_sources(path: Path, config: ModelConfig) -> dict[str, Source]:
-    """Where a file, or the one of a folder, holds each tensor of the autoencoder, by its official key.
-
-    Reads the official separate file (1.0, 0.9), a whole checkpoint, or diffusers' (such as fp16-fix). InputError where
-    tensors are missing, or of another shape.
-    """
-    file = weights_file(path)
-    stored = stored_in(file)
-    state, rules = layouts.part_rules("vae", config)
+    """Where a file or folder holds each tensor of the autoencoder, by its official key. See `separate_vae.py`."""
+    stored, _ = separate_vae.read_vae(path)
     prefix = prefixes(config)["vae"]
-    for prefix_there in ("", prefix):
-        if all(prefix_there + key in stored for key in state):
-            rules_there = [Rule(key, (prefix_there + key,)) for key in state]
-            return sources(file, prefix, state, rules_there)
-    return sources(file, prefix, state, rules)
+    return {prefix + key: source for key, source in separate_vae.vae_sources(stored, config, path).items()}
 
 
 def openclip_sources(path: Path, config: ModelConfig) -> dict[str, Source]:

@@ -38,7 +38,7 @@ NO_FILES = (  # what there can be under a name besides a file
 def what_is_wrong(path: Path, error: Exception, is_pickle: bool) -> str:
     """The message for a path that safetensors could not read with this error. `is_pickle`: by its name."""
     if not os.path.exists(path):
-        return f"no such file: {path}"
+        return f"could not read {path}: no such file"
     mode = os.stat(path).st_mode
     for is_kind, name in NO_FILES:
         if is_kind(mode):

@@ -219,7 +219,7 @@ def test_a_file_that_is_gone_is_told(pair: tuple[Path, Path]) -> None:
     path, _ = pair
     found = open_checkpoint(path)
     path.unlink()
-    with pytest.raises(InputError, match=f"no such file: {path}"):
+    with pytest.raises(InputError, match=f"could not read {path}: no such file"):
         found.load("unet")
     assert found.changed() == [path]
 

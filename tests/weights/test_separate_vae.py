@@ -103,6 +103,15 @@ def test_every_form_completes_a_file_and_replaces_its_own(
         assert found.vae_name(found.sha256()).endswith(f", tensors sha256 {hashes[0].hexdigest()}")
 
 
+@pytest.mark.parametrize("form", FORMS[2::3])
+def test_a_conversion_takes_every_form_too(
+    form: str, places: dict[str, Path], other: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    convert(files["refiner"], tmp_path / "out.safetensors", "official", vae=places[form])
+    found = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(found[PREFIX + key], tensor) for key, tensor in other.state_dict().items())
+
+
 def test_diffusers_decodes_the_same(places: dict[str, Path], files: dict[str, Path]) -> None:
     """From the folder that diffusers wrote itself."""
     peer = AutoencoderKL.from_pretrained(places["a folder of the VAE"])
