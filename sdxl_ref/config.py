@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 PREDICTIONS = ("epsilon", "v")
 NO_SIZES = ("activation", "scale_factor")
+NUMBERS = {1: 5, 2: 6}  # text encoders -> numbers that the UNet reads besides, each embedded in 256 channels
 
 
 class InputError(ValueError):
@@ -140,6 +141,25 @@ class ModelConfig:
             raise InputError(unknown("prediction", self.prediction, PREDICTIONS))
         if type(self.resolution) is not int or self.resolution % 8 or not 8 <= self.resolution <= 10**4:
             raise InputError(f"resolution must be a multiple of 8 up to 10000, found {self.resolution!r:.60}")
+
+    def misfit(self) -> str:
+        """What does not fit, in words; empty where each part gives what the next one reads, and reads what it is given.
+
+        A pipeline gives token ids, pictures of three channels and latents of four.
+        """
+        towers = self.text_encoders
+        if len(towers) not in NUMBERS:
+            return f"text encoders: expected one (a refiner) or two (a base), found {len(towers)}"
+        sizes: dict[str, tuple[object, object]] = {  # as found, as expected
+            "channels into and out of the UNet": ((self.unet.in_channels, self.unet.out_channels), (4, 4)),
+            "channels of the VAE": ((self.vae.embed_dim, self.vae.in_channels, self.vae.out_ch), (4, 3, 3)),
+            "width of the text context": (self.unet.context_dim, sum(tower.width for tower in towers)),
+            "width of the vector": (self.unet.adm_in_channels, towers[-1].embed_dim + 256 * NUMBERS[len(towers)]),
+            "vocabularies": ({tower.vocab_size for tower in towers}, {49408}),
+            "context lengths": ({tower.context_length for tower in towers}, {77}),
+        }
+        unlike = {what: pair for what, pair in sizes.items() if pair[0] != pair[1]}
+        return "; ".join(f"{what}: expected {right}, found {found}" for what, (found, right) in unlike.items())
 
     @property
     def kind(self) -> str:

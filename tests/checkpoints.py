@@ -19,8 +19,8 @@ from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig, Text
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, build, build_empty, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
 
-OPENCLIP = TextEncoderConfig(width=64, heads=1, layers=2, embed_dim=48, vocab_size=96)
-CLIP = TextEncoderConfig(width=128, heads=2, layers=3, embed_dim=128, activation="quick_gelu", vocab_size=96)
+OPENCLIP = TextEncoderConfig(width=64, heads=1, layers=2, embed_dim=48)
+CLIP = TextEncoderConfig(width=128, heads=2, layers=3, embed_dim=128, activation="quick_gelu")
 # In canonical form and with 64 channels a head everywhere, so that the shapes tell all of it.
 REFINER = ModelConfig(
     unet=UNetConfig(

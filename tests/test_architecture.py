@@ -39,7 +39,13 @@ OPTIONAL = {
     "matplotlib",
 }  # heavy, or not everywhere
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
-    "weights.opening": {"weights.folder", "weights.hub", "weights.identify"},  # kinds of checkpoint
+    "weights.opening": {  # kinds of checkpoint
+        "weights.folder",
+        "weights.names",
+        "weights.separate_vae",
+        "weights.unusual",
+    },
+    "weights.tensor_files": {"weights.other_files"},  # what a file is that does not open
     "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
     "adapters.reading": {"adapters.kinds", "adapters.unsupported"},  # what is in a file beside the usual factors
     "commands.common": {  # what options ask for, and what lies at a target

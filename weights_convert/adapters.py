@@ -13,9 +13,11 @@ from sdxl_ref.adapters.factors import HIGHEST_RANK, Factors
 from sdxl_ref.adapters.lora import Adapter
 from sdxl_ref.adapters.places import Place, matrices
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.weights.checkpoint import EXTRAS, Checkpoint, differences, prefixes
+from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
+from sdxl_ref.weights.dtypes import is_finite
+from sdxl_ref.weights.fitting import differences, extras
 from sdxl_ref.weights.opening import open_checkpoint
-from sdxl_ref.weights.tensor_files import is_finite, read_metadata
+from sdxl_ref.weights.tensor_files import read_metadata
 from weights_convert.adapter_metadata import still_holds
 from weights_convert.convert import Report, dtypes_of, entry, model_spec, save
 from weights_convert.reports import difference
@@ -163,10 +165,9 @@ def extracted(keys: Mapping[Place, str], read_a: Read, read_b: Read, rank: int) 
 
 def weights(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what networks read and every file has."""
+    others = extras(checkpoint)
     return {
-        key: shape
-        for key, shape in checkpoint.shapes.items()
-        if not EXTRAS.fullmatch(key) and not key.endswith("logit_scale")
+        key: shape for key, shape in checkpoint.shapes.items() if key not in others and not key.endswith("logit_scale")
     }
 
 

@@ -57,7 +57,9 @@ def convert(
     if to not in LAYOUTS:
         raise InputError(f"expected the layout {' or '.join(LAYOUTS)}, found {to!r}")
     lone = find_lone_part(source, variant) if os.path.exists(source) else None
-    original = open_checkpoint(source, variant=variant) if lone is None else open_part(lone)
+    original = (
+        open_checkpoint(source, variant=variant, vae=None if vae is None else True) if lone is None else open_part(lone)
+    )
     read_from = [original.path, *(path for path in (vae, openclip) if path is not None)]
     check_apart(target, read_from, is_folder=to == "diffusers")
     report = Report([f"{source}: {lone.name if lone else original.name}"])

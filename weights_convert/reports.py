@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import KNOWN_FILES, Checkpoint
+from sdxl_ref.weights.dtypes import DTYPE_NAMES, is_finite
 from sdxl_ref.weights.lone_parts import find_lone_part, open_part
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import HEADER_LENGTH, dtypes_of
-from sdxl_ref.weights.tensor_files import DTYPE_NAMES, is_finite, sha256_of
+from sdxl_ref.weights.tensor_files import sha256_of
 from weights_convert.stream import HASH_KEY
 
 Json = dict[str, Any]

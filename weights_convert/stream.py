@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.tensor_files import DTYPE_NAMES, DTYPES
+from sdxl_ref.weights.dtypes import DTYPE_NAMES, DTYPES
 
 HASH_KEY = "modelspec.hash_sha256"  # ModelSpec: of all tensors' bytes, as "0x" and 64 digits
 EMPTY_HASH = "0x" + "0" * 64

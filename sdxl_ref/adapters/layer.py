@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.tensor_files import is_finite
+from sdxl_ref.weights.dtypes import is_finite
 
 
 @dataclass(frozen=True)

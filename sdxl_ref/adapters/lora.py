@@ -21,7 +21,7 @@ from sdxl_ref.adapters.reading import adapter_file as adapter_file
 from sdxl_ref.adapters.reading import embeddings_in
 from sdxl_ref.adapters.reading import read as read
 from sdxl_ref.config import InputError, ModelConfig
-from sdxl_ref.weights.checkpoint import by_sides
+from sdxl_ref.weights.fitting import by_sides
 from sdxl_ref.weights.layouts import PARTS, part_rules
 from sdxl_ref.weights.tensor_files import read_metadata
 

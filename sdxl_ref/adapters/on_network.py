@@ -21,7 +21,7 @@ from sdxl_ref.adapters.change import Change
 from sdxl_ref.adapters.lora import Adapter, add
 from sdxl_ref.adapters.places import Place
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.tensor_files import is_finite
+from sdxl_ref.weights.dtypes import is_finite
 
 Layers = list[tuple[Place, Change]]  # that act on one parameter
 

@@ -18,8 +18,8 @@ from sdxl_ref.adapters.forms import FORMS
 from sdxl_ref.adapters.layer import Layer
 from sdxl_ref.adapters.peft_settings import CONFIG_FILE
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.regular import check_regular, read_text
-from sdxl_ref.weights.tensor_files import is_pickle, open_tensors, read_metadata
+from sdxl_ref.weights.regular import read_text
+from sdxl_ref.weights.tensor_files import open_tensors, read_metadata
 
 ROLES: dict[str, str] = {
     suffix: role for form in FORMS.values() for role, suffixes in form.suffixes.items() for suffix in suffixes
@@ -54,9 +54,6 @@ def read(path: str | Path) -> dict[str, Change]:
     done here. Embeddings in it are left out: `embeddings_in` lists them.
     """
     file = adapter_file(path)
-    if is_pickle(file):
-        raise InputError(f"{file} is a pickle, which can run any code when opened: expected a safetensors file")
-    check_regular(file)
     with open_tensors(file) as opened:
         keys = [key for key in opened.keys() if not EMBEDDING.fullmatch(key)]  # noqa: SIM118
         state = {key: opened.get_tensor(key) for key in keys}

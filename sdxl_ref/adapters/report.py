@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.folder import Source
-from sdxl_ref.weights.opening import find_file
+from sdxl_ref.weights.names import find_file
 from sdxl_ref.weights.report import Description, alone, checks, describe, dtypes_in, scan_files, summary
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX, open_tensors, read_metadata
 

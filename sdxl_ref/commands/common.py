@@ -6,8 +6,9 @@ import os
 import secrets
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +38,9 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
+    p.add_argument(
+        "--vae", metavar="MODEL", help="file or folder of a VAE, in place of the model's or where it has none"
+    )
     p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
     p.add_argument("--out", type=Path, metavar="FILE", help="a .png, .jpg, .webp or .tiff; replaced if it is there")
@@ -106,6 +110,20 @@ def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     digest = checkpoint.sha256()
     weights = {"file": checkpoint.path.name, "sha256": digest, "vae": checkpoint.vae_name(digest)}
     return {"checkpoint": weights, "versions": versions()}
+
+
+def identities(*checkpoints: Checkpoint) -> Callable[[], list[dict[str, Any]]]:
+    """Have files hashed while their weights are read, and before another file may take their names; see `identity`."""
+    hasher = ThreadPool(1)  # of a daemon: what ends the command meanwhile does not wait for it
+    hashing = hasher.map_async(identity, checkpoints)
+    hasher.close()
+    return hashing.get
+
+
+def say_changes(checkpoint: Checkpoint | None) -> None:
+    """Tell of files that another program has changed since they were opened."""
+    for path in checkpoint.changed() if checkpoint else ():
+        print(f"note: {path} has changed meanwhile: the settings tell of the file that was read", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`sdxl-ref generate`: a prompt in, pictures out, by the base alone, the ensemble, or the base and then SDEdit."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,15 @@ def run(a: argparse.Namespace) -> None:
     out = a.out or Path("generated.png")
     outs = [out.with_stem(f"{out.stem}-{i}") for i in range(a.num_images)] if a.num_images > 1 else [out]
     models = [a.base] if a.refiner in (None, a.base) else [a.base, a.refiner]
-    common.check_writable(*dict.fromkeys((*outs, out)), a.save_latents, read=[*models, *common.adapter_files(a.lora)])
+    common.check_writable(
+        *dict.fromkeys((*outs, out)), a.save_latents, read=[*models, a.vae, *common.adapter_files(a.lora)]
+    )
     common.check_format(out)
     seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
     first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds])
     plans = say_plans(a, first, second)
 
-    base, refiner = pipelines(a)
+    base, refiner, identities = pipelines(a)
     pipe = EnsemblePipeline(base, refiner) if refiner is not None else base
     adapters = common.put_on(pipe, a.lora)
     if a.watermark:
@@ -73,11 +76,13 @@ def run(a: argparse.Namespace) -> None:
     if a.watermark:
         pictures = [embed(picture) for picture in pictures]
 
-    settings = record(a, base, refiner, plans) | adapters | {"size": "{}x{}".format(*pictures[0].size)}
+    settings = record(a, base, refiner, plans, identities) | adapters | {"size": "{}x{}".format(*pictures[0].size)}
     for seed, path, picture in zip(seeds, outs, pictures, strict=True):
         common.save_picture(picture, path, settings | {"seed": seed})
     if a.num_images > 1:
         common.save_picture(contact_sheet(pictures), out, settings | {"seed": a.seed, "images": a.num_images})
+    for model in pipe.models():
+        common.say_changes(model.checkpoint)
     if a.save_latents:
         save_latents(a.save_latents, latents, 0.0)
     print(f"wrote {', '.join(str(path) for path in dict.fromkeys([*outs, out]))}")
@@ -127,40 +132,48 @@ def say_plans(a: argparse.Namespace, first: TextToImageRequest, second: ImageToI
     return plans
 
 
-def pipelines(a: argparse.Namespace) -> tuple[TextToImagePipeline, ImageToImagePipeline | None]:
-    """Open the base, and the refiner where there is one; it decodes by the base's VAE."""
+def pipelines(
+    a: argparse.Namespace,
+) -> tuple[TextToImagePipeline, ImageToImagePipeline | None, Sequence[dict[str, Any]]]:
+    """Open the base, and the refiner where there is one; it decodes by the base's VAE. And what the settings say of
+    their files."""
     device = common.pick_device(a.device)
     options: dict[str, Any] = {"dtype": getattr(torch, a.dtype), "device": device, "prediction": a.prediction}
     if a.low_memory:
         options["offload"] = Offload(device)
-    second = None if a.refiner is None else ImageToImagePipeline.open(a.refiner)  # wrong files, before the base is read
-    base = TextToImagePipeline.from_pretrained(a.base, **options)
+    second = None if a.refiner is None else ImageToImagePipeline.open(a.refiner, vae=True)  # before the base is read
+    first = TextToImagePipeline.open(a.base, vae=a.vae)
+    identities = common.identities(*(checkpoint for checkpoint in (first, second) if checkpoint is not None))
+    base = TextToImagePipeline.from_pretrained(first, **options)
     refiner = None if second is None else ImageToImagePipeline.from_pretrained(second, **options, vae=base.vae)
     if not a.low_memory:
         common.keep_freed_memory(device)
     for pipe in (base, refiner):
         if pipe is not None and pipe.checkpoint is not None:
             common.say_what_runs(pipe.checkpoint, a.dtype, device)
-    return base, refiner
+    return base, refiner, identities()
 
 
 def record(
-    a: argparse.Namespace, base: TextToImagePipeline, refiner: ImageToImagePipeline | None, plans: list[Any]
+    a: argparse.Namespace,
+    base: TextToImagePipeline,
+    refiner: ImageToImagePipeline | None,
+    plans: list[Any],
+    identities: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """Everything that it takes to make the pictures again but their size, seed and adapters."""
-    assert base.checkpoint is not None
     own = ("command", "dtype", "watermark", *SHARED, *BASE_ONLY)
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
     settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
-    settings |= common.identity(base.checkpoint) | {"prediction": base.config.prediction}
+    settings |= identities[0] | {"prediction": base.config.prediction}
     zeros = a.negative_prompt is None and a.negative_prompt_2 is None
     sides = [f"base {'zeros' if zeros else 'negative prompt encoded'}"]
-    if refiner is not None and refiner.checkpoint is not None:
+    if refiner is not None:
         sides.append("refiner negative prompt encoded, empty where none is given")
         settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
         if a.two_stage:
             settings["strength"] = STRENGTH if a.strength is None else a.strength
-        weights = {"file": refiner.checkpoint.path.name, "sha256": refiner.checkpoint.sha256()}
+        weights = {name: identities[1]["checkpoint"][name] for name in ("file", "sha256")}
         name = weights["file"].removesuffix(".safetensors")
         settings["refiner"] = f"{name} [{weights['sha256'][:10]}]"  # as viewers know it
         settings["refiner_switch"] = None if a.two_stage else switch_share(plans[0].switch)

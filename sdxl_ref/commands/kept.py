@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.leftovers import clear
-from sdxl_ref.weights.opening import POCKET, REPOSITORY
+from sdxl_ref.weights.names import REPOSITORY
+from sdxl_ref.weights.opening import POCKET
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's; read with the adapter that it lies beside
 Inode = tuple[int, int]

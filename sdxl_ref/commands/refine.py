@@ -3,7 +3,6 @@
 import argparse
 import os
 from dataclasses import replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -32,10 +31,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     out = a.out or Path(f"{Path(a.image).stem}-refined.png")
-    common.check_writable(out, a.save_latents, read=[a.image, a.checkpoint, *common.adapter_files(a.lora)])
+    common.check_writable(out, a.save_latents, read=[a.image, a.checkpoint, a.vae, *common.adapter_files(a.lora)])
     common.check_format(out)
     device = common.pick_device(a.device)
     photo = load_image(a.image)
+    photo_sha256 = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
     picture = fit(photo, MAX_PIXELS)
     settings = {name: getattr(a, name) for name in (*SHARED, *OWN)} | {"num_inference_steps": a.steps}
     request = ImageToImageRequest(image=picture, generator=[torch.Generator().manual_seed(a.seed)], **settings)
@@ -43,13 +43,11 @@ def run(a: argparse.Namespace) -> None:
     if a.watermark:
         watermarks().check(*picture.size)
 
-    checkpoint = ImageToImagePipeline.open(a.checkpoint)
-    hasher = ThreadPool(1)  # of a daemon: what ends the command meanwhile does not wait for it
-    hashing = hasher.apply_async(common.identity, [checkpoint])  # later the file may have left the system's cache
-    hasher.close()
+    checkpoint = ImageToImagePipeline.open(a.checkpoint, vae=a.vae)
+    identities = common.identities(checkpoint)  # later the file may have left the system's cache
     dtype = getattr(torch, a.dtype)
     pipe = ImageToImagePipeline.from_pretrained(checkpoint, dtype=dtype, device=device, prediction=a.prediction)
-    made_by = hashing.get()
+    [made_by] = identities()
     common.keep_freed_memory(device)
     common.say_what_runs(checkpoint, a.dtype, device)
     adapters = common.put_on(pipe, a.lora)
@@ -62,12 +60,17 @@ def run(a: argparse.Namespace) -> None:
         refined = watermarks().embed(refined)
 
     settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "watermark")} | adapters
-    settings |= {"image": Path(a.image).name, "size": f"{picture.width}x{picture.height}", "device": str(device)}
-    settings["image_sha256"] = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
+    settings |= {
+        "image": Path(a.image).name,
+        "image_sha256": photo_sha256,
+        "size": f"{picture.width}x{picture.height}",
+        "device": str(device),
+    }
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by}
     settings["prediction"] = pipe.config.prediction
     settings["unconditional"] = "negative prompt, encoded even where empty" if request.guided else "none"
     common.save_picture(refined, out, settings)
+    common.say_changes(checkpoint)
     if a.save_latents:
         save_latents(a.save_latents, latents, float(plan.grid.sigmas[-1]))
     print(f"wrote {out}")

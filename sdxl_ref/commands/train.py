@@ -35,7 +35,7 @@ from sdxl_ref.training.processes import (
 )
 from sdxl_ref.training.results import ADAPTERS, CHECKPOINT, write_adapter, write_checkpoint
 from sdxl_ref.training.state import LOG, STATE, check_same, read_log
-from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, build_empty, prefixes
+from sdxl_ref.weights.checkpoint import CONFIG_KEY, PREDICTION_KEYS, Checkpoint, build_empty, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
 
 EPILOG = """DATA is a folder of pictures with a file metadata.jsonl, one line for each picture:
@@ -169,7 +169,8 @@ def open_model(name: str, prediction: str | None) -> Checkpoint:
     if prediction is None:
         return checkpoint
     config = replace(checkpoint.config, prediction=prediction)
-    return replace(checkpoint, config=config, metadata={**checkpoint.metadata, CONFIG_KEY: config.to_json()})
+    says = {CONFIG_KEY: config.to_json(), PREDICTION_KEYS[0]: prediction}
+    return replace(checkpoint, config=config, metadata={**checkpoint.metadata, **says})
 
 
 def objective(a: argparse.Namespace, kind: str, prediction: str) -> Objective:

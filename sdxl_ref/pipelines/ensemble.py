@@ -120,7 +120,8 @@ class EnsemblePipeline(CallablePipeline):
         if low_memory and not all(isinstance(model, str | Path | Checkpoint) for model in (base, refiner)):
             raise InputError("low_memory is for models that are opened here: open these with offload=Offload(device)")
         if isinstance(refiner, str | Path | Checkpoint):  # a wrong file is found out before the base is read
-            refiner = ImageToImagePipeline.open(refiner, **{key: options[key] for key in WHERE if key in options})
+            where = {key: options[key] for key in WHERE if key in options} | {"vae": True}  # the base's decodes
+            refiner = ImageToImagePipeline.open(refiner, **where)
         if low_memory:
             options["offload"] = Offload(options.get("device", "cpu"))
         if not isinstance(base, TextToImagePipeline):

@@ -103,14 +103,15 @@ class Pipeline(CallablePipeline):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        **parts: Module,
+        **parts: Any,
     ) -> Self:
         """Open a file, a folder in diffusers' layout, "pocket", a repository of the hub, or an open checkpoint.
 
         Weights are float32 unless `dtype` (or `torch_dtype`) says otherwise; the VAE's always, which overflows in
         float16. `variant` ("fp16") picks files such as `model.fp16.safetensors`. `prediction` ("epsilon" or "v") is
         what the UNet returns, in place of what the file says. `parts` (`vae=`, `text_encoder_2=`, …) are shared
-        instead of loaded. With `offload`, an `Offload`, each part is read when it works and dropped for the next.
+        instead of loaded; `vae` may also be the path of one. With `offload`, an `Offload`, each part is read when it
+        works and dropped for the next.
         """
         if not use_safetensors:
             raise InputError("only safetensors files are opened, never a pickle: leave use_safetensors=False out")
@@ -120,7 +121,9 @@ class Pipeline(CallablePipeline):
                 options = inspect.signature(cls.from_pretrained).parameters.values()
                 names = [option.name for option in options if option.kind is option.KEYWORD_ONLY]
                 raise TypeError(f"{cls.__name__}: {unknown('argument', part, [*PARTS, *names])}")
-        checkpoint = cls.open(name, variant, **hub)
+        checkpoint = cls.open(name, variant, vae=parts.get("vae"), **hub)
+        if isinstance(parts.get("vae"), str | Path):
+            del parts["vae"]  # it is the checkpoint's now
         config = checkpoint.config
         if prediction is not None:
             config = replace(config, prediction=prediction)

@@ -9,8 +9,8 @@ from sdxl_ref.adapters import writing
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.training.adapters import learned
 from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
+from sdxl_ref.weights.dtypes import is_finite
 from sdxl_ref.weights.saving import write_tensors
-from sdxl_ref.weights.tensor_files import is_finite
 
 ADAPTERS = {"kohya": "lora_kohya.safetensors", "peft": "lora_peft.safetensors"}
 CHECKPOINT = "finetuned.safetensors"

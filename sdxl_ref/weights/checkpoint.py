@@ -8,8 +8,8 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,13 +22,15 @@ from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
 from sdxl_ref.networks.openclip_g import LOGIT_SCALE, OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
-from sdxl_ref.weights.tensor_files import open_tensors, sha256_of
+from sdxl_ref.weights.tensor_files import Header, open_tensors, sha256_of, stamp
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a pipeline; a refiner has no text_encoder
 CONFIG_KEY = "sdxl_ref.config"  # where a file's metadata carries the configuration of a small model
-EXTRAS = re.compile(  # what official files may carry besides the weights, and no network of ours reads
-    r"denoiser\.sigmas|conditioner\.embedders\.\d+\.(model\.attn_mask|"
-    r"transformer\.text_model\.embeddings\.position_ids)|model_ema\..*"
+EXTRAS = re.compile(  # what files may carry besides the weights, and no network of ours reads
+    r"denoiser\.sigmas|(first_stage_model\.)?model_ema\..*|first_stage_model\.loss\..*|"
+    r"conditioner\.embedders\.\d+\.model\.attn_mask|(.*\.)?(position_ids|logit_scale)|"
+    r"conditioner\.embedders\.0\.(.*\.)?text_projection(\.weight)?|"  # of CLIP-L; a refiner's is a weight
+    r"betas|alphas_cumprod(_prev)?|(sqrt|log|posterior)_[a-z0-9_]+|lvlb_weights|logvar"  # schedules
 )
 KNOWN_FILES = {  # sha256 -> the file and its VAE; the 0.9 VAE stands in files of its own
     "7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f": ("sd_xl_refiner_1.0", "1.0"),
@@ -36,6 +38,8 @@ KNOWN_FILES = {  # sha256 -> the file and its VAE; the 0.9 VAE stands in files o
     "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b": ("sd_xl_base_1.0", "1.0"),
     "e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff": ("sd_xl_base_1.0_0.9vae", "0.9"),
 }
+LABEL = "model.diffusion_model.label_emb.0.0.weight"  # its shape tells a base from a refiner
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")  # of the metadata; ComfyUI's is the second
 READ_AT_ONCE = 64  # tensors; mapped pages count as memory until their file is closed
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -79,18 +83,29 @@ def build_empty(part: str, config: ModelConfig) -> nn.Module:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file whose keys and shapes have been found to be those of `config`. `note` says what had to be assumed."""
+    """A file whose keys and shapes have been found to be those of `config`. `note` says what had to be assumed.
+
+    `stamps` tell whether its files are still those that were opened.
+    """
 
     path: Path
     config: ModelConfig
     shapes: Shapes
     metadata: Mapping[str, str]
     note: str = ""
+    stamps: dict[Path, tuple[int, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stamps.update((path, stamp(path)) for path in self.files())
+
+    def files(self, prefix: str = "") -> list[Path]:
+        """The files that hold the keys with a prefix."""
+        return [self.path]
 
     @property
     def name(self) -> str:
         """What the file is, in words."""
-        known = self.config in (REFINER_1_0, BASE_1_0)
+        known = replace(self.config, prediction="epsilon") in (REFINER_1_0, BASE_1_0)
         return f"SD-XL 1.0 {self.config.kind} (by its keys and shapes)" if known else f"SDXL-like {self.config.kind}"
 
     @contextmanager
@@ -116,30 +131,63 @@ class Checkpoint:
                     is_there = prefix + key in self.shapes  # `logit_scale` is optional, see `check`
                     tensor = read(prefix + key) if is_there else torch.tensor(LOGIT_SCALE)
                     state[key] = tensor.to(device=device, dtype=dtype)
+        self.require_unchanged()
         network.load_state_dict(state, strict=True, assign=True)
 
     def vae_name(self, digest: str) -> str:
         """Which VAE a file holds: its release where the file's sha256 is known, and always a hash of its tensors."""
         tensors = hashlib.sha256()
         prefix = prefixes(self.config)["vae"]
+        keys = [key for key in expected_shapes(self.config) if key.startswith(prefix) and key in self.shapes]
         with self.reader() as read:
-            for key in sorted(key for key in self.shapes if key.startswith(prefix)):
+            for key in sorted(keys):
                 tensors.update(read(key).contiguous().view(torch.uint8).numpy().data)
+        self.require_unchanged()
         _, release = KNOWN_FILES.get(digest, ("", "unknown"))
         return f"{release}, tensors sha256 {tensors.hexdigest()}"
 
     def sha256(self) -> str:
-        """Of the whole file."""
-        return sha256_of(self.path)
+        """Of all the files, one behind the other in the order of their names. InputError as `require_unchanged`."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = sha256_of(*self.files())
+        self.require_unchanged()
+        return digest
+
+    def changed(self) -> list[Path]:
+        """The files that are not those any more that were opened: replaced meanwhile, or written to."""
+        return [path for path, opened in self.stamps.items() if stamp(path) != opened]
+
+    def require_unchanged(self) -> None:
+        """InputError where a file has changed: what is read of it now goes with nothing that was read before."""
+        if paths := self.changed():
+            raise InputError(f"{paths[0]} has changed since it was opened: start again")
 
 
-def check(config: ModelConfig, shapes: Shapes, path: Path) -> None:
-    """Every key of every part there, in its shape, and nothing else but known extras; `logit_scale` may be missing."""
+def identify(headers: Mapping[str, Header], metadata: Mapping[str, str]) -> ModelConfig | None:
+    """The configuration that a file carries, or that of the official model whose sizes it has."""
+    if CONFIG_KEY in metadata:
+        return ModelConfig.from_json(metadata[CONFIG_KEY])
+    for config in (REFINER_1_0, BASE_1_0):
+        if LABEL in headers and headers[LABEL].shape == (4 * config.unet.model_channels, config.unet.adm_in_channels):
+            return config
+    return None
+
+
+def is_plain(config: ModelConfig, headers: Mapping[str, Header], metadata: Mapping[str, str]) -> bool:
+    """Whether a file holds this configuration's tensors and known extras, and nothing says that it predicts otherwise.
+
+    `logit_scale` may be missing.
+    """
     expected = expected_shapes(config)
-    weights = {key: shape for key, shape in shapes.items() if not EXTRAS.fullmatch(key)}
-    weights |= {key: () for key in expected if key.endswith(".logit_scale") and key not in weights}
-    if problems := differences(expected, weights):
-        raise InputError(f"{path} looks like an SDXL {config.kind}, but its tensors do not fit: {problems}")
+    weights = {key: header for key, header in headers.items() if key in expected or not EXTRAS.fullmatch(key)}
+    shapes: dict[str, tuple[int, ...]] = {key: () for key in expected if key.endswith(".logit_scale")}
+    shapes |= {key: header.shape for key, header in weights.items()}
+    is_float = all("F" in header.dtype for header in weights.values())  # no I64, U8, BOOL, …
+    predictions = {metadata.get(key, config.prediction) for key in PREDICTION_KEYS}
+    return not config.misfit() and shapes == expected and is_float and predictions == {config.prediction}
 
 
 @lru_cache(maxsize=8)
@@ -150,21 +198,3 @@ def expected_shapes(config: ModelConfig) -> Shapes:
         state = build_empty(part, config).state_dict()
         shapes |= {prefix + key: tuple(tensor.shape) for key, tensor in state.items()}
     return MappingProxyType(shapes)
-
-
-def differences(expected: Shapes, shapes: Shapes) -> str:
-    """What is missing, unexpected or of another shape, in one line: how many of each, and the first three."""
-    misshapen = [key for key in expected if key in shapes and shapes[key] != expected[key]]
-    problems = {
-        "missing": [key for key in expected if key not in shapes],
-        "unexpected": [key for key in shapes if key not in expected],
-        "of another shape": [
-            f"{key} (expected {by_sides(expected[key])}, found {by_sides(shapes[key])})" for key in misshapen
-        ],
-    }
-    return "; ".join(f"{len(keys)} {problem}: {', '.join(keys[:3])}" for problem, keys in problems.items() if keys)
-
-
-def by_sides(shape: tuple[int, ...]) -> str:
-    """A shape in words: `1280x1280`."""
-    return "x".join(map(str, shape)) or "scalar"

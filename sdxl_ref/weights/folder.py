@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.checkpoint import EXTRAS, Checkpoint, check, prefixes
+from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
+from sdxl_ref.weights.fitting import check, is_extra
 from sdxl_ref.weights.folder_config import model_config, read_json
 from sdxl_ref.weights.layouts import Rule, part_rules
-from sdxl_ref.weights.tensor_files import PICKLES, Header, open_tensors, read_headers, read_metadata, sha256_of
+from sdxl_ref.weights.tensor_files import PICKLES, Header, open_tensors, read_headers, read_metadata
 
 EXTRAS_FILE = "official_extras.safetensors"  # what an official file holds and this layout has no place for
 STEMS = ("diffusion_pytorch_model", "model")
@@ -77,10 +78,6 @@ class Folder(Checkpoint):
             {stored.path for key, source in self.sources.items() if key.startswith(prefix) for stored in source.tensors}
         )
 
-    def sha256(self) -> str:
-        """Of all the files of weights, one behind the other in the order of their names."""
-        return sha256_of(*self.files())
-
 
 def open_folder(folder: Path, variant: str | None = None) -> Folder:
     """Open a folder with a `model_index.json`. `variant` picks files such as `model.fp16.safetensors`.
@@ -112,7 +109,7 @@ def official_extras(path: Path, logit_scale: str) -> dict[str, Source]:
         return {}
     extras = {}
     for name, header in read_headers(path).items():
-        if name != logit_scale and not EXTRAS.fullmatch(name):
+        if name != logit_scale and not is_extra(name):
             raise InputError(f"{path} holds {name}, expected what the parts have no place for: delete the file")
         extras[name] = Source(None, [Stored(path, name, header)])
     return extras
@@ -170,3 +167,10 @@ def sharded(index: Path) -> dict[str, Stored]:
 
 def stored_in(path: Path) -> dict[str, Stored]:
     return {name: Stored(path, name, header) for name, header in read_headers(path).items()}
+
+
+def sources_of(checkpoint: Checkpoint) -> dict[str, Source]:
+    """Where each official tensor of a checkpoint of any kind lies, and what the headers say of it."""
+    if isinstance(checkpoint, Folder):
+        return dict(checkpoint.sources)
+    return {name: Source(None, [stored]) for name, stored in stored_in(checkpoint.path).items()}

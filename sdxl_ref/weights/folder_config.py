@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl_ref.weights.fitting import require_fit
 from sdxl_ref.weights.regular import check_regular
+from sdxl_ref.weights.strangers import require_no_other_part
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -89,6 +91,7 @@ def read_json(path: Path) -> Json:
 def model_config(folder: Path) -> ModelConfig:
     """The sizes of all parts, from their `config.json`. InputError where a field means another architecture."""
     index = read_json(folder / FOLDER_INDEX)
+    require_no_other_part(index, folder / FOLDER_INDEX)
     parts = [part for part in CLASSES if part != "text_encoder" or index.get(part) not in (None, [None, None])]
     for part in parts:
         if index.get(part) != CLASSES[part]:
@@ -103,9 +106,11 @@ def model_config(folder: Path) -> ModelConfig:
         unet = unet_config(paths["unet"], configs["unet"])
         vae = vae_config(paths["vae"], configs["vae"])
         encoders = tuple(text_config(paths[part], configs[part]) for part in parts if part.startswith("text"))
-        return ModelConfig(unet, encoders, vae, 8 * int(configs["unet"].get("sample_size", 128)))
+        config = ModelConfig(unet, encoders, vae, 8 * int(configs["unet"].get("sample_size", 128)))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{folder}: a config.json lacks or garbles a field of an SDXL model ({error!r})") from error
+    require_fit(config, folder)
+    return config
 
 
 def require(path: Path, fields: Json, expected: Json) -> None:

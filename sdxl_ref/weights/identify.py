@@ -13,13 +13,17 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def config_from_shapes(shapes: Shapes) -> ModelConfig:
-    """Keys and shapes of a whole checkpoint -> its configuration; InputError where they cannot be an SDXL model's."""
+    """Keys and shapes of a checkpoint -> its configuration; InputError where they cannot be an SDXL model's.
+
+    Where there is no VAE, its configuration is the official one's.
+    """
     try:
         encoders = tuple(
             text_config(_below(shapes, f"conditioner.embedders.{i}.")) for i in range(_text_encoders(shapes))
         )
         unet = unet_config(_below(shapes, "model.diffusion_model."))
-        return ModelConfig(unet, encoders, vae_config(_below(shapes, "first_stage_model.")))
+        vae = _below(shapes, "first_stage_model.")
+        return ModelConfig(unet, encoders, vae_config(vae) if vae else VAEConfig())
     except KeyError as error:
         raise InputError(f"expected an SDXL checkpoint in the official layout, found no {error.args[0]}") from error
     except (IndexError, InputError) as error:

@@ -16,7 +16,7 @@ from sdxl_ref.weights import folder_config, identify
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.folder import EXTRAS_FILE, STEMS, Folder, Source, Stored, name_in_file, part_tensors, stored_in
 from sdxl_ref.weights.layouts import Rule, part_rules, vae_to_official
-from sdxl_ref.weights.opening import find_file
+from sdxl_ref.weights.names import find_file
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX, read_metadata
 
 PART_CONFIG = "config.json"  # of a part's folder in diffusers' layout

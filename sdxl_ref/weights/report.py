@@ -19,11 +19,14 @@ import torch
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import layouts
-from sdxl_ref.weights.checkpoint import CONFIG_KEY, EXTRAS, KNOWN_FILES, Checkpoint, prefixes
+from sdxl_ref.weights.checkpoint import CONFIG_KEY, KNOWN_FILES, Checkpoint, prefixes
+from sdxl_ref.weights.dtypes import DTYPE_NAMES, DTYPES, is_finite
+from sdxl_ref.weights.fitting import extras
 from sdxl_ref.weights.folder import Folder, Source, stored_in
+from sdxl_ref.weights.folder import sources_of as sources_of
 from sdxl_ref.weights.lone_parts import LonePart, find_lone_part, open_part
 from sdxl_ref.weights.opening import open_checkpoint
-from sdxl_ref.weights.tensor_files import DTYPE_NAMES, DTYPES, is_finite, sha256_of
+from sdxl_ref.weights.tensor_files import sha256_of
 
 OFFICIAL_SIZES = (6_075_981_930, 6_938_078_334)  # bytes of the official files, with either VAE: others need no hash
 VAES = {  # sha256 of files that hold a VAE alone -> whose they are, as the hub's repositories list them
@@ -113,9 +116,10 @@ def describe_checkpoint(checkpoint: Checkpoint, check: bool = False) -> Descript
     """What an open checkpoint is. See `describe`."""
     sources = sources_of(checkpoint)
     dtypes = dtypes_of(checkpoint)
+    others = extras(checkpoint)
     parts = {}
     for name, prefix in prefixes(checkpoint.config).items():
-        keys = [key for key in sources if key.startswith(prefix) and not EXTRAS.fullmatch(key)]
+        keys = [key for key in sources if key.startswith(prefix) and key not in others]
         parts[name] = summary(keys, checkpoint.shapes, dtypes)
     digest = scan(checkpoint) if check else ""
     return Description(
@@ -124,7 +128,7 @@ def describe_checkpoint(checkpoint: Checkpoint, check: bool = False) -> Descript
         parts,
         vae_of(checkpoint, digest),
         checkpoint.note,
-        tuple(key for key in checkpoint.shapes if EXTRAS.fullmatch(key)),
+        tuple(others),
         dict(sorted(checkpoint.metadata.items())),
         checks(digest) if check else (),
     )
@@ -199,11 +203,6 @@ def vae_of(checkpoint: Checkpoint, digest: str = "") -> str:
 def alone(file: Path) -> dict[str, Source]:
     """The tensors of a file, each as it is."""
     return {name: Source(None, [stored]) for name, stored in stored_in(file).items()}
-
-
-def sources_of(checkpoint: Checkpoint) -> dict[str, Source]:
-    """Where each official tensor of a checkpoint lies, and what the headers say of it."""
-    return dict(checkpoint.sources) if isinstance(checkpoint, Folder) else alone(checkpoint.path)
 
 
 def dtypes_of(checkpoint: Checkpoint) -> dict[str, torch.dtype]:

@@ -1,6 +1,7 @@
 """Safetensors files: opened with one error for all that can be wrong with them, their dtypes, their hashes.
 
-Only safetensors is opened, never a pickle, which can run any code.
+Only safetensors is opened, never a pickle, which can run any code, nor what is no file: a pipe would never end.
+What is wrong with a file is found out by `other_files.py`, which is imported when something is.
 """
 
 import hashlib
@@ -9,27 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from sdxl_ref.config import InputError
 
-DTYPES = {  # by the names that the format gives them
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FOLDER_INDEX = "model_index.json"  # what makes a folder one in diffusers' layout
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
@@ -38,17 +22,22 @@ class Header(NamedTuple):
     """What a file says of a tensor before it is read."""
 
     shape: tuple[int, ...]
-    dtype: str  # a key of DTYPES, or a name that no weights have
+    dtype: str  # a key of `DTYPES` (dtypes.py), or a name that no weights have
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """safetensors' `safe_open`: tensors are mapped, not read. InputError where this is no such file, or not whole."""
+    is_pickle = path.suffix.lower() in PICKLES
     try:
+        if is_pickle or not path.is_file():
+            raise OSError("not a safetensors file")
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"expected a whole safetensors file, could not read {path}: {error}") from error
+        from sdxl_ref.weights.other_files import what_is_wrong
+
+        raise InputError(what_is_wrong(path, error, is_pickle)) from error
 
 
 def read_headers(path: Path) -> dict[str, Header]:
@@ -67,13 +56,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def is_pickle(path: Path) -> bool:
-    return path.suffix.lower() in PICKLES
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in any dtype that weights come in: torch cannot tell it of 8-bit ones."""
-    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
+def stamp(path: Path) -> tuple[int, ...]:
+    """What tells a file from another one under its name, and from itself after a change; empty where there is none."""
+    if not path.exists():
+        return ()
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def sha256_of(*paths: Path, start: int = 0) -> str:

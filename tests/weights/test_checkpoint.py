@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,18 @@ from checkpoints import (
     sparse_file,
     write,
 )
+from command_line import Refine, pixels, settings
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sdxl_ref.cli import main
 from sdxl_ref.config import REFINER_1_0, InputError
 from sdxl_ref.pipelines import ImageToImagePipeline
+from sdxl_ref.pipelines.pipeline import Pipeline
 from sdxl_ref.weights.checkpoint import KNOWN_FILES, build_empty
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
-from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.opening import POCKET, open_checkpoint
+from weights_convert.convert import convert
 
 
 @kinds
@@ -139,6 +145,136 @@ def test_the_vaes_hash_is_of_its_tensors_alone(
     assert (changed.vae_name("") != open_checkpoint(files["refiner"]).vae_name("")) is is_vae
 
 
+# --- a file that changes ------------------------------------------------------------------------------------------
+
+
+def replaced(path: Path, new: Path) -> None:
+    """By another file, as a download or a training run that ends gives it its name."""
+    copy = path.with_suffix(".new")
+    copy.write_bytes(new.read_bytes())
+    copy.replace(path)
+
+
+def overwritten(path: Path, new: Path) -> None:
+    """As `cp` does: the same file, with other bytes."""
+    path.write_bytes(new.read_bytes())
+
+
+def touched(path: Path, new: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+CHANGES = [replaced, overwritten, touched]
+
+
+@pytest.fixture
+def pair(state: dict[str, Tensor], tmp_path: Path) -> tuple[Path, Path]:
+    """A file, and another one of the same length and names, with other weights."""
+    first = write(tmp_path / "a.safetensors", state, metadata())
+    second = write(tmp_path / "b.safetensors", {key: tensor + 1 for key, tensor in state.items()}, metadata())
+    assert first.stat().st_size == second.stat().st_size
+    return first, second
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("read", ["load", "sha256", "vae_name"])
+def test_a_file_that_is_replaced_after_it_was_opened_is_not_read(
+    read: str, change: Callable[[Path, Path], None], pair: tuple[Path, Path]
+) -> None:
+    """Or a picture would be painted by other weights than its settings name."""
+    path, other = pair
+    found = open_checkpoint(path)
+    change(path, other)
+    reads: dict[str, Callable[[], object]] = {
+        "load": lambda: found.load("unet"),
+        "sha256": found.sha256,
+        "vae_name": lambda: found.vae_name(""),
+    }
+    with pytest.raises(InputError, match=f"{path} has changed since it was opened: start again"):
+        reads[read]()
+    assert found.changed() == [path]
+
+
+def test_the_hash_is_of_what_was_read_whatever_comes_after(pair: tuple[Path, Path]) -> None:
+    path, other = pair
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = open_checkpoint(path)
+    assert found.sha256() == expected
+    replaced(path, other)
+    assert found.sha256() == expected
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_file_of_a_folder_that_is_replaced_is_not_read(part: str, files: dict[str, Path], tmp_path: Path) -> None:
+    convert(files["refiner"], tmp_path / "model", "diffusers")
+    found = open_checkpoint(tmp_path / "model")
+    weights = tmp_path / "model" / part / "diffusion_pytorch_model.safetensors"
+    replaced(weights, weights)
+    for read in (lambda: found.load(part), found.sha256):
+        with pytest.raises(InputError, match=f"{weights} has changed since it was opened"):
+            read()
+
+
+def test_a_file_that_is_gone_is_told(pair: tuple[Path, Path]) -> None:
+    path, _ = pair
+    found = open_checkpoint(path)
+    path.unlink()
+    with pytest.raises(InputError, match=f"could not read {path}: no such file"):
+        found.load("unet")
+    assert found.changed() == [path]
+
+
+PHOTO = Path(__file__).parents[2] / "sdxl_ref" / "data" / "photo.jpg"
+RUNS = {
+    "refine": ["refine", str(PHOTO), "--checkpoint", "MODEL"],
+    "generate": ["generate", "--base", "MODEL"],
+    "generate, the refiner": ["generate", "--base", "pocket", "--refiner", "MODEL"],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_picture_names_the_file_that_painted_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Although another file took its name while the picture was painted, which is told in a line."""
+    kind = "base" if name == "generate" else "refiner"
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(POCKET[f"pocket-{kind}"].read_bytes())
+    expected = hashlib.sha256(model.read_bytes()).hexdigest()
+    words = [*(word.replace("MODEL", str(model)) for word in RUNS[name]), "--prompt", "a cup", "--steps", "5"]
+    assert main([*words, "--out", str(tmp_path / "before.png")]) == 0
+    assert "has changed" not in capsys.readouterr().err
+
+    decode = Pipeline.decode
+
+    def replace_and_decode(self: Pipeline, latents: Tensor) -> Tensor:
+        replaced(model, tmp_path / "before.png")
+        return decode(self, latents)
+
+    monkeypatch.setattr(Pipeline, "decode", replace_and_decode)
+    assert main([*words, "--out", str(tmp_path / "after.png")]) == 0
+    assert f"note: {model} has changed meanwhile" in capsys.readouterr().err
+    assert (pixels(tmp_path / "after.png") == pixels(tmp_path / "before.png")).all()
+    key = "refiner_checkpoint" if "the refiner" in name else "checkpoint"
+    assert settings(tmp_path / "after.png")[key]["sha256"] == expected
+
+
+def test_a_photo_is_named_by_the_bytes_that_were_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(PHOTO.read_bytes())
+    expected = hashlib.sha256(photo.read_bytes()).hexdigest()
+    decode = Pipeline.decode
+
+    def replace_and_decode(self: Pipeline, latents: Tensor) -> Tensor:
+        photo.write_bytes(b"another one")
+        return decode(self, latents)
+
+    monkeypatch.setattr(Pipeline, "decode", replace_and_decode)
+    refine = Refine(photo, POCKET["pocket-refiner"])
+    assert refine(out=tmp_path / "out.png") == 0
+    assert settings(tmp_path / "out.png")["image_sha256"] == expected
+
+
 # --- the wrong kind -----------------------------------------------------------------------------------------------
 
 
@@ -162,7 +298,8 @@ def test_a_file_of_full_size_with_one_key_less(kind: str, tmp_path: Path) -> Non
 MEASURE = """
 import sys, threading, time, torch
 from sdxl_ref.weights.checkpoint import prefixes
-from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.opening import POCKET, open_checkpoint
+from weights_convert.convert import convert
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -203,7 +340,7 @@ def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = replace(
         REFINER,
         unet=replace(REFINER.unet, model_channels=192, num_res_blocks=1, context_dim=512),
-        text_encoders=(replace(OPENCLIP, width=512, heads=8, vocab_size=20_000),),
+        text_encoders=(replace(OPENCLIP, width=512, heads=8),),
     )
     path = tmp_path_factory.mktemp("large") / "a.safetensors"
     save_checkpoint(path, config, parts_of(config), torch.float16)

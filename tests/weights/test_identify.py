@@ -130,10 +130,10 @@ def test_without_a_configuration_odd_shapes_are_bad_input(
 
 
 def test_a_configuration_of_another_model_is_found_out(state: dict[str, Tensor], tmp_path: Path) -> None:
-    other = replace(REFINER, unet=replace(REFINER.unet, context_dim=32))
+    other = replace(REFINER, unet=replace(REFINER.unet, channel_mult=(1, 2, 2)))
     line = error_of(write(tmp_path / "a.safetensors", state, metadata(other)))
     assert "of another shape" in line
-    assert "(expected 128x32, found 128x64)" in line
+    assert "(expected 128, found 192)" in line
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), *(config for config, _ in RELEASED.values())])

@@ -18,15 +18,8 @@ from checkpoints import error_of
 from safetensors.torch import save_file
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.tensor_files import (
-    DTYPES,
-    Header,
-    is_finite,
-    open_tensors,
-    read_headers,
-    read_metadata,
-    sha256_of,
-)
+from sdxl_ref.weights.dtypes import DTYPES, is_finite
+from sdxl_ref.weights.tensor_files import Header, open_tensors, read_headers, read_metadata, sha256_of
 
 
 def header(entries: Any) -> bytes:

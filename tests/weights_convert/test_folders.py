@@ -52,7 +52,7 @@ def test_bad_folders(folder: Path) -> None:
 OTHERS = [  # file, field, value, what is said of it
     ("unet/config.json", "layers_per_block", 3, "missing"),
     ("unet/config.json", "block_out_channels", None, "lacks or garbles a field"),
-    ("vae/config.json", "latent_channels", 16, "shape"),
+    ("vae/config.json", "latent_channels", 16, "channels of the VAE: expected"),
     ("model_index.json", "unet", [None, None], "no SDXL pipeline: expected unet .*, found .None, None."),
     ("model_index.json", "vae", ["diffusers", "AutoencoderTiny"], "no SDXL pipeline: expected vae"),
     ("model_index.json", "text_encoder_2", [None, None], "no SDXL pipeline: expected text_encoder_2"),

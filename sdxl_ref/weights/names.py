@@ -1,0 +1,37 @@
+"""What a name stands for that is not simply a file: a folder's one file, a repository of the hub, or nothing.
+
+Loaded only for such a name.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdxl_ref.config import InputError
+from sdxl_ref.weights.hub import download
+from sdxl_ref.weights.tensor_files import PICKLES
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+EXAMPLE = "stabilityai/stable-diffusion-xl-refiner-1.0"
+
+
+def find_repository(name: str, known: Mapping[str, Path], variant: str | None, hub: Mapping[str, Any]) -> Path:
+    """The folder of a repository, downloaded if need be. InputError for a name that is none of `known` either."""
+    if name == "pocket":
+        raise InputError(f"the pocket pair is two models: expected one of {', '.join(known)}, found pocket")
+    path = Path(name)
+    if not REPOSITORY.fullmatch(name) or path.suffix in (".safetensors", *PICKLES):
+        raise InputError(f"no such checkpoint: {name}: expected a file, a folder, pocket or a repository as {EXAMPLE}")
+    return download(name, variant, **hub)
+
+
+def find_file(path: Path) -> Path:
+    """What is no folder as it is, or the one safetensors file of a folder. InputError where there is not one."""
+    if not path.is_dir():
+        return path  # `open_tensors` says what is wrong with it
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise InputError(f"expected one .safetensors file in the folder {path}, found {names}: name the file")
+    return files[0]
