@@ -21,6 +21,7 @@ from sdxl_ref.weights.tensor_files import PICKLES, Header, open_tensors, read_he
 
 EXTRAS_FILE = "official_extras.safetensors"  # what an official file holds and this layout has no place for
 STEMS = ("diffusion_pytorch_model", "model")
+OLD_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))  # the VAE's names
 
 
 class Stored(NamedTuple):
@@ -116,8 +117,11 @@ def official_extras(path: Path, logit_scale: str) -> dict[str, Source]:
 
 
 def name_in_file(name: str, names: Mapping[str, Any]) -> str:
-    """`CLIPTextModel` is written without `text_model.` since transformers 5, and with it before."""
-    return name if name in names else name.removeprefix("text_model.")
+    """The name that a file has for a tensor, which may be an older one, or a newer one."""
+    for other in (name, name.removeprefix("text_model."), *(name.replace(*pair) for pair in OLD_ATTENTION)):
+        if other in names:
+            return other
+    return name
 
 
 def part_tensors(folder: Path, variant: str | None) -> dict[str, Stored]:

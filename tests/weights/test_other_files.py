@@ -26,13 +26,13 @@ from sdxl_ref.weights.opening import POCKET, open_checkpoint
 from sdxl_ref.weights.report import describe
 from sdxl_ref.weights.tensor_files import read_headers
 from weights_convert.convert import convert
-from weights_convert.parts import openclip_sources, vae_sources
+from weights_convert.parts import separate_part
 
 READERS: dict[str, Callable[[Path], object]] = {
     "a checkpoint": open_checkpoint,
     "an adapter": lambda path: lora.load(path, REFINER),
-    "a file of a part": lambda path: vae_sources(path, REFINER),
-    "another part": lambda path: openclip_sources(path, REFINER),
+    "a file of a part": lambda path: separate_part(path, "vae", REFINER),
+    "another part": lambda path: separate_part(path, "text_encoder_2", REFINER),
     "a VAE beside a checkpoint": lambda path: open_checkpoint("pocket-refiner", vae=path),
     "info": describe,
 }
@@ -158,7 +158,7 @@ def test_a_socket_and_a_device_are_not_read(tmp_path: Path, monkeypatch: pytest.
         server.bind("a")
         assert line_of("a checkpoint", Path("a")) == "a is a socket: expected a safetensors file"
     assert line_of("an adapter", Path("/dev/zero")) == "/dev/zero is a device: expected a safetensors file"
-    with pytest.raises(InputError, match="not a file"):
+    with pytest.raises(InputError, match="not a file|is a pipe or a device"):
         read_json(Path("/dev/zero"))
 
 

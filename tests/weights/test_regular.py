@@ -54,7 +54,7 @@ def test_files_links_folders_and_what_is_not_there_are_left_to_who_reads(tmp_pat
 
 def test_an_adapter(tmp_path: Path, small_refiner_file: Path) -> None:
     os.mkfifo(tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=PIPE):
+    with pytest.raises(InputError, match="is a named pipe: expected a safetensors file"):
         lora.load(tmp_path / "a.safetensors", peers.SMALL_REFINER)
 
 

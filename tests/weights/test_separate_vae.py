@@ -266,7 +266,7 @@ def test_refine_with_a_vae(pocket_vae: dict[str, Path], tmp_path: Path, capsys: 
     assert refine(checkpoint=pocket_vae["refiner"], out=tmp_path / "none.png") == 2
     assert_one_line(capsys.readouterr().err, "holds no VAE: give one as --vae FILE, or vae= in Python")
     assert refine(vae=pocket_vae["vae"], out=pocket_vae["vae"]) == 2  # what is read is not written
-    assert_one_line(capsys.readouterr().err, "another file is read or written there")
+    assert_one_line(capsys.readouterr().err, "it is read: choose another place")
 
 
 def test_an_ensembles_refiner_needs_no_vae(pocket_vae: dict[str, Path]) -> None:
