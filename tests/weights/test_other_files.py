@@ -158,7 +158,7 @@ def test_a_socket_and_a_device_are_not_read(tmp_path: Path, monkeypatch: pytest.
         server.bind("a")
         assert line_of("a checkpoint", Path("a")) == "a is a socket: expected a safetensors file"
     assert line_of("an adapter", Path("/dev/zero")) == "/dev/zero is a device: expected a safetensors file"
-    with pytest.raises(InputError, match="not a file|is a pipe or a device"):
+    with pytest.raises(InputError, match="is a pipe or a device"):
         read_json(Path("/dev/zero"))
 
 
