@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdxl_ref.config import InputError
+from sdxl_ref.config import SDXL, Defaults, InputError
 from sdxl_ref.diffusion.schedule import TRAIN_STEPS, Grid, NoiseSchedule
 from sdxl_ref.noise import Generator, draw_noise, fresh_generators
 from sdxl_ref.pipelines.calling import Steps
@@ -30,9 +30,9 @@ class TextToImagePipeline(Pipeline):
     request_type = TextToImageRequest
 
     @staticmethod
-    def plan(request: TextToImageRequest) -> GridPlan:
-        """Which steps will run. InputError where none would."""
-        r = request
+    def plan_for(request: TextToImageRequest, defaults: Defaults = SDXL) -> GridPlan:
+        """Which steps will run of a model with these defaults. InputError where none would."""
+        r = request.completed(defaults)
         schedule = NoiseSchedule()
         for name, side in (("height", r.height), ("width", r.width)):
             if side is not None and (side < 8 or side % 8):
@@ -45,12 +45,12 @@ class TextToImagePipeline(Pipeline):
             raise InputError(
                 f"denoising_end {r.denoising_end} leaves 0 of {r.num_inference_steps} steps: use a larger one"
             )
-        return GridPlan(grid.cut(0, stop), r.num_inference_steps)
+        return GridPlan(grid.cut(0, stop), r.num_inference_steps, request.left_open(defaults))
 
     @torch.no_grad()
     def steps(self, request: TextToImageRequest) -> Steps:
         """The algorithm: draw noise, encode the prompt, denoise step by step, decode."""
-        r = request
+        r = request.completed(self.defaults)
         grid = self.plan(r).grid
         self.refuse_unusable(r)
         x, generator = self.first_noise(r, grid)  # (b,4,h,w)

@@ -6,7 +6,7 @@ Source: `DiffusionPipeline.from_pretrained` in diffusers, `PreTrainedModel.from_
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import EXTRAS, Checkpoint, check, prefixes
 from sdxl_ref.weights.folder_config import model_config, read_json
+from sdxl_ref.weights.folder_scheduler import read_scheduler
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.tensor_files import PICKLES, Header, open_tensors, read_headers, read_metadata, sha256_of
 
@@ -88,7 +89,8 @@ def open_folder(folder: Path, variant: str | None = None) -> Folder:
     InputError for another architecture, missing or damaged files, an index that points elsewhere, and as
     `open_checkpoint` raises it.
     """
-    config = model_config(folder)
+    prediction, defaults = read_scheduler(folder)
+    config = replace(model_config(folder), prediction=prediction)
     sources: dict[str, Source] = {}
     unexpected: dict[str, tuple[int, ...]] = {}
     for part, prefix in prefixes(config).items():
@@ -103,7 +105,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Folder:
     shapes = {key: source.shape for key, source in sources.items()}
     check(config, shapes | unexpected, folder)
     metadata = read_metadata(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).exists() else {}
-    return Folder(folder, config, shapes, metadata, "", sources)
+    return Folder(folder, config, shapes, metadata, "", defaults, sources)
 
 
 def official_extras(path: Path, logit_scale: str) -> dict[str, Source]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import KNOWN_FILES, PARTS
-from sdxl_ref.weights.folder import STEMS
-from sdxl_ref.weights.folder_config import SCHEDULER_CONFIG
+from sdxl_ref.weights.folder import EXTRAS_FILE, STEMS
+from sdxl_ref.weights.folder_config import PADDING
+from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX, sha256_of
 
 REPOSITORIES = {
@@ -35,7 +36,8 @@ def patterns(variant: str | None) -> list[str]:
     weights = [f"{stem}{middle}{shard}.safetensors" for stem in STEMS for shard in ("", "-*-of-*")]
     indices = [f"{stem}.safetensors.index{middle}.json" for stem in STEMS]
     of_parts = [f"{part}/{name}" for part in PARTS for name in ("config.json", *weights, *indices)]
-    return [FOLDER_INDEX, SCHEDULER_CONFIG, *of_parts]
+    tokenizers = [f"{name}/tokenizer_config.json" for name in PADDING]
+    return [FOLDER_INDEX, SCHEDULER_CONFIG, EXTRAS_FILE, *tokenizers, *of_parts]
 
 
 def fetch(kind: str, folder: Path, **options: Any) -> Path:
