@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         arguments = parser(words).parse_args(words)
-        import_module(f"sdxl_ref.commands.{arguments.command}").run(arguments)
+        module_of("sdxl_ref", arguments.command).run(arguments)
         return 0
 
     return run("sdxl-ref", work)
@@ -77,7 +77,12 @@ def add_commands(top: Parser, folder: Path, words: Sequence[str]) -> None:
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
         command.set_defaults(parser=command)
         if name in words[:1]:
-            import_module(f"{folder.parent.name}.commands.{name}").arguments(command)
+            module_of(folder.parent.name, name).arguments(command)
+
+
+def module_of(package: str, command: str) -> Any:
+    """The module of a command: `my_command.py` is `my-command`."""
+    return import_module(f"{package}.commands.{command.replace('-', '_')}")
 
 
 def summaries(folder: Path = COMMANDS) -> dict[str, str]:

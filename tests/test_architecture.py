@@ -41,6 +41,7 @@ OPTIONAL = {
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {"weights.folder", "weights.hub", "weights.identify"},  # kinds of checkpoint
     "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
+    "commands.common": {"commands.adapter_options"},  # `--lora`
     "pipelines.calling": {"adapters.active", "pictures.watermark", "weights.offload"},  # what a run may ask for
 }
 LONGEST_FILE = 350  # lines

@@ -6,11 +6,10 @@ check does not hold, and for anything else.
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from sdxl_ref import __version__
-from sdxl_ref.cli import Parser, add_commands, run
+from sdxl_ref.cli import Parser, add_commands, module_of, run
 
 NAME = "weights-convert"
 COMMANDS = Path(__file__).parent / "commands"
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         arguments = parser(words).parse_args(words)
-        return int(import_module(f"weights_convert.commands.{arguments.command}").run(arguments))
+        return int(module_of("weights_convert", arguments.command).run(arguments))
 
     return run(NAME, work, stopped="stopped; nothing is at the target that was not there before")
 

@@ -108,7 +108,8 @@ class NetworkAdapters:
             parameter = network.get_parameter(key)
             original = self.originals.get(key, parameter.data)
             if keep:
-                self.originals[key] = original  # before anything is changed: a stop in between loses nothing
+                # before anything is changed: a stop in between loses nothing; in the CPU's memory, as offloading needs
+                self.originals[key] = original.cpu()
             parameter.data = changed(key, parameter, original, added)
 
 

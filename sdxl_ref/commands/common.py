@@ -2,11 +2,9 @@
 
 import argparse
 import ctypes
-import math
 import os
 import sys
 import types
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +20,6 @@ from sdxl_ref.pictures.images import png_chunks
 from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.saving import replacing
-from sdxl_ref.weights.tensor_files import sha256_of
 
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale")  # fields of a request
 SAMPLING = ("sampler", "spacing", "karras", *SAMPLER_OPTIONS)
@@ -120,44 +117,21 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
         image.save(beside, format="PNG", pnginfo=chunks)
 
 
-def path_and_scale(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:SCALE` -> the adapter's file and its scale, 1 where there is none."""
-    name, colon, number = text.rpartition(":")
-    try:
-        path = Path(name if colon else text)
-        scale = float(number) if colon else 1.0
-    except ValueError:
-        path = Path(text)
-        scale = 1.0
-    if not math.isfinite(scale):
-        raise InputError(f"the scale of an adapter must be a finite number, found {text}")
-    return path, scale
-
-
 def adapter_files(texts: Sequence[str]) -> list[Path]:
     """The files of `FILE` or `FILE:SCALE`, each once."""
-    return list(dict.fromkeys(path_and_scale(text)[0] for text in texts))
+    return adapter_options().files(texts) if texts else []
 
 
 def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
     """Put adapters (`FILE` or `FILE:SCALE`) on a pipeline and say where they fit; returns what its settings say."""
-    names = []
-    scales = []
-    digests = []
-    for i, text in enumerate(texts):
-        path, scale = path_and_scale(text)
-        name = f"{i} {path.stem}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what of it does not fit is in the report
-            reports = pipe.adapters.load(path, name, activate=False)
-        for model, report in reports:
-            print(f"{path.name} at {scale:g} on the {model.config.kind}: {report}")
-        names.append(name)
-        scales.append(scale)
-        digests.append(sha256_of(path))
-    if names:
-        pipe.set_adapters(names, scales)
-    return {"lora": list(texts), "lora_sha256": digests}
+    return adapter_options().put_on(pipe, texts) if texts else {"lora": [], "lora_sha256": []}
+
+
+def adapter_options() -> Any:
+    """The module of `--lora`, imported where it is given."""
+    from sdxl_ref.commands import adapter_options
+
+    return adapter_options
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -90,6 +90,8 @@ def check(a: argparse.Namespace) -> None:
         raise InputError("--strength is that of the second stage: give --two-stage too, or leave it out")
     if a.two_stage and any(getattr(a, name) is not None for name in SWITCHES):
         raise InputError("--switch… is the ensemble's, --two-stage has none: give one of them")
+    if a.out is not None and not a.out.name:
+        raise InputError(f"--out must name a file, found {a.out}")
     if a.num_images < 1:
         raise InputError(f"--num-images must be at least 1, found {a.num_images}")
 

@@ -74,7 +74,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--ema", type=float, default=0.0, help="decay of averaged weights, which are then the result; 0: none"
     )
     p.add_argument("--timesteps", type=int, nargs=2, metavar=("FIRST", "LAST"), help="(refiner 0 199, base 0 999)")
-    p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, where the file does not say it")
+    p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--weighting", default="uniform", choices=tuple(WEIGHTINGS), help="of the loss by noise level")
     p.add_argument("--drop-captions", type=float, default=0.1, help="share of captions that are dropped, for guidance")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of the weights")

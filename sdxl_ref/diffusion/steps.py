@@ -17,6 +17,7 @@ from sdxl_ref.config import InputError
 from sdxl_ref.noise import Generator, draw_noise
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+MOST = 1e6  # of an option's amount
 LARGEST_GAMMA = math.sqrt(2) - 1  # a churn at most doubles the variance of the noise: Karras et al. 2022, algorithm 2
 
 
@@ -60,10 +61,10 @@ def sampler(*, stochastic: bool, evaluations: int, paper: str) -> Callable[[Call
 
 
 def check_amounts(**amounts: float) -> None:
-    """InputError unless all of these options are finite and at least 0."""
+    """InputError unless all of these options are from 0 to a million: their squares are finite in float32."""
     for name, value in amounts.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{name} must be a finite number of at least 0, found {value}")
+        if not 0 <= value <= MOST:
+            raise InputError(f"{name} must be a number from 0 to a million, found {value}")
 
 
 def levels(sigmas: Tensor, x: Tensor) -> Tensor:

@@ -82,8 +82,7 @@ class CallablePipeline:
             if watermark and i == 0:  # not after the whole run
                 watermarks().check(MULTIPLE * step.x.shape[3], MULTIPLE * step.x.shape[2])
             if callback_on_step_end is not None:
-                changes = callback_on_step_end(self, i, float(step.sigma), {"latents": step.x})
-                step.x.copy_((changes or {}).get("latents", step.x))
+                steer(step, callback_on_step_end(self, i, float(step.sigma), {"latents": step.x}))
 
         result = self.run(request, on_step)
         if request.output_type == "np":
@@ -178,6 +177,17 @@ class CallablePipeline:
     def unload_lora_weights(self) -> None:
         """Take all adapters off: the weights are what they were, bit for bit."""
         self.adapters.unload()
+
+
+def steer(step: Step, changes: Any) -> None:
+    """Go on from the latents that a callback returned. InputError unless it returned nothing, or these alone."""
+    if changes is None or changes == {}:
+        return
+    latents = changes.get("latents") if isinstance(changes, dict) and len(changes) == 1 else None
+    if not isinstance(latents, Tensor) or latents.shape != step.x.shape:
+        expected = f'nothing or {{"latents": a tensor {tuple(step.x.shape)}}}'
+        raise InputError(f"expected callback_on_step_end to return {expected}, found {changes!r:.60}")
+    step.x.copy_(latents)
 
 
 def watermarks() -> Any:

@@ -114,6 +114,12 @@ class EnsemblePipeline(CallablePipeline):
 
         low_memory: one set of weights in memory at a time, each read when it works and dropped for the next.
         """
+        if "unet" in options:
+            raise InputError(
+                "the two models have a UNet each: hand them to each pipeline, and these to EnsemblePipeline"
+            )
+        if low_memory and not all(isinstance(model, str | Path | Checkpoint) for model in (base, refiner)):
+            raise InputError("low_memory is for models that are opened here: open these with offload=Offload(device)")
         if isinstance(refiner, str | Path | Checkpoint):  # a wrong file is found out before the base is read
             refiner = ImageToImagePipeline.open(refiner, **{key: options[key] for key in WHERE if key in options})
         if low_memory:
@@ -157,7 +163,7 @@ class EnsemblePipeline(CallablePipeline):
             if count == 0 and r.switch != 1.0:
                 raise InputError(
                     f"with the switch at sigma {switch:.4g} the {name} would run 0 steps: expected a level between "
-                    f"{levels[-1]:.4g} and {float(grid.sigmas[0]):.4g}, the ends of this schedule"
+                    f"{min(levels):.4g} and {max(levels):.4g}, the lowest and the highest that is evaluated"
                 )
         return EnsemblePlan(grid, switch, (base, len(levels) - base), note)
 
@@ -196,6 +202,8 @@ def switch_level(r: EnsembleRequest, grid: Grid) -> float:
         raise InputError("switch, switch_sigma and switch_step are three units of one thing: give one of them")
     if r.switch_sigma is not None:
         return r.switch_sigma
+    if r.switch_step is not None and r.s_churn:
+        raise InputError("s_churn moves the levels that switch_step counts: use switch or switch_sigma with it")
     if r.switch_step is not None:
         steps = len(grid.timesteps) - 1
         if not 0 < r.switch_step <= steps:

@@ -130,6 +130,8 @@ class Pipeline(CallablePipeline):
         if "vae" in parts:  # its scale, and what it makes of a picture
             config = replace(config, vae=getattr(parts["vae"], "config", config.vae))
         dtype = dtype or torch_dtype or torch.float32
+        if unusable := parts.keys() - prefixes(config).keys():
+            raise InputError(f"an SDXL {config.kind} has no {' and no '.join(sorted(unusable))}: leave it out")
         for part in prefixes(config):
             if part in parts:
                 continue
@@ -204,7 +206,7 @@ class Pipeline(CallablePipeline):
         texts = per_image(prompts, count)
         texts_2 = per_image(prompts if prompt_2 is None else prompt_2, count)
         if do_classifier_free_guidance and not zeros:
-            negative = negative_prompt or ""
+            negative = "" if negative_prompt is None else negative_prompt
             texts += per_image(negative, count)
             texts_2 += per_image(negative if negative_prompt_2 is None else negative_prompt_2, count)
         context, pooled = encode_text(self.text_encoder, self.text_encoder_2, texts, texts_2, self.device)
@@ -264,7 +266,7 @@ class Pipeline(CallablePipeline):
         posteriors = [self.vae.encode(image) for image in images.to(self.device, dtype).split(1)]  # type: ignore[operator]
         mean = check_finite("the VAE's encoder", torch.cat([posterior.mean for posterior in posteriors]))
         logvar = check_finite("the VAE's encoder", torch.cat([posterior.logvar for posterior in posteriors]))
-        if isinstance(generator, list):
+        if not isinstance(generator, torch.Generator):
             mean = mean.repeat_interleave(copies, 0)  # (n,4,h,w) -> (n*copies,4,h,w)
             logvar = logvar.repeat_interleave(copies, 0)
             latents = Posterior(mean, logvar).sample(generator)

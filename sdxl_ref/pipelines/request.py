@@ -6,13 +6,15 @@ A pipeline's call and its help take names, defaults and meanings from here, and 
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from types import NoneType
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from sdxl_ref.config import SDXL, Defaults, InputError, unknown
 from sdxl_ref.diffusion.samplers import SAMPLERS
+from sdxl_ref.diffusion.steps import check_amounts
 from sdxl_ref.noise import Generator
 
 Self = TypeVar("Self", bound="Request")
@@ -67,20 +69,30 @@ class Request:
         for name in ("guidance_scale", "aesthetic_score", "negative_aesthetic_score"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise InputError(f"{name} must be a finite number, found {getattr(self, name)}")
-        for name, value in self.sampler_options().items():
-            if not value >= 0 or (math.isinf(value) and name != "s_tmax"):
-                raise InputError(f"{name} must be a finite number of at least 0, found {value}")
-        if self.prompts < 1:
-            raise InputError("expected a prompt, or one for each picture, found none")
+        is_unlimited = self.s_tmax == math.inf
+        check_amounts(**(self.sampler_options() | ({"s_tmax": 0.0} if is_unlimited else {})))
+        for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+            check_texts(name, getattr(self, name))
+        for field_ in fields(self):
+            if field_.type in (Size, Size | None):
+                check_pair(field_.name, getattr(self, field_.name))
+            if field_.type in (int, int | None) and type(getattr(self, field_.name)) not in (int, NoneType):
+                raise InputError(f"{field_.name} must be a whole number, found {getattr(self, field_.name)!r:.60}")
         if not 0 <= self.guidance_rescale <= 1:
             raise InputError(f"guidance_rescale must be from 0 to 1, found {self.guidance_rescale}")
         if self.num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt must be at least 1, found {self.num_images_per_prompt}")
         if self.sampler is not None:
-            usable = inspect.signature(SAMPLERS[self.sampler]).parameters
-            for name in self.sampler_options():
-                if name not in usable:
-                    raise InputError(f"{name} is of no use to the sampler {self.sampler}: leave it out")
+            self.check_options(self.sampler)
+
+    def check_options(self, sampler: str) -> None:
+        """InputError for an option of samplers that this one has no use for."""
+        usable = inspect.signature(SAMPLERS[sampler]).parameters
+        for name in self.sampler_options():
+            if name not in usable:
+                raise InputError(f"{name} is of no use to the sampler {sampler}: leave it out")
+            if "s_churn" in usable and not self.s_churn and name != "s_churn":
+                raise InputError(f"{name} is of no use without s_churn: give that too, or leave it out")
 
     def completed(self: Self, defaults: Defaults) -> Self:
         """With a model's own way of running where this says nothing. InputError where that cannot be had here."""
@@ -99,8 +111,11 @@ class Request:
 
     def left_open(self, defaults: Defaults) -> str:
         """What the model's own settings decide, where they are not SDXL's, as a plan tells it."""
-        names = [name for name in vars(defaults) if getattr(self, name, None) is None]
-        settings = [f"{name} {getattr(defaults, name)}" for name in names if getattr(defaults, name) != getattr(SDXL, name)]
+        settings = []
+        for name in ("sampler", "spacing", "karras", "zeros"):
+            own = getattr(defaults, name)
+            if getattr(self, name, None) is None and own != getattr(SDXL, name):
+                settings.append(f"{name} {own}")
         return f"; the model's own: {', '.join(settings)}" if settings else ""
 
     def sampler_options(self) -> dict[str, float]:
@@ -117,3 +132,19 @@ class Request:
     def prompts(self) -> int:
         """How many prompts there are."""
         return 1 if isinstance(self.prompt, str) else len(self.prompt)
+
+
+def check_texts(name: str, texts: Any) -> None:
+    """InputError unless this is a text, or some, or None where there may be none."""
+    if isinstance(texts, str) or (texts is None and name != "prompt"):
+        return
+    is_many = isinstance(texts, Sequence) and not isinstance(texts, bytes)
+    if not is_many or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name} must be a text, or one for each picture, found {texts!r:.60}")
+
+
+def check_pair(name: str, pair: Any) -> None:
+    """InputError unless this is (height, width) or (top, left) in pixels, or None."""
+    is_pair = isinstance(pair, Sequence) and len(pair) == 2 and all(type(side) is int and side >= 0 for side in pair)
+    if pair is not None and not is_pair:
+        raise InputError(f"{name} must be two whole numbers of at least 0, found {pair!r:.60}")

@@ -18,8 +18,8 @@ from sdxl_ref.pipelines.request import Request, option
 class TextToImageRequest(Request):
     """`latents` are unit noise (b,4,h,w), scaled to the first level by the pipeline; None: drawn from the generator."""
 
-    height: int | None = option("a multiple of 8; None: that of the training pictures, 1024", None)
-    width: int | None = option("a multiple of 8; None: that of the training pictures, 1024", None)
+    height: int | None = option("a multiple of 8; None: that of the training pictures (SDXL: 1024)", None)
+    width: int | None = option("a multiple of 8; None: that of the training pictures (SDXL: 1024)", None)
     denoising_end: float | None = option("share of the training steps after which this run stops", None)
 
 

@@ -19,6 +19,7 @@ from sdxl_ref.pocket.towers import TOWERS
 from sdxl_ref.training.diffusion import Batch, Objective
 from sdxl_ref.training.loop import Run
 from sdxl_ref.weights.checkpoint import build, prefixes
+from sdxl_ref.weights.saving import replacing
 
 SAMPLE_EVERY = 2000  # steps
 SAMPLES = 24
@@ -113,4 +114,5 @@ def paint_samples(folder: RecipeFolder, parts: nn.ModuleDict, run: Run) -> None:
     one = is_right[0::2].count(True)
     two = is_right[1::2].count(True)
     tqdm.write(f"step {run.step}: all right {one}/{SAMPLES // 2} with one thing, {two}/{SAMPLES // 2} with two")
-    contact_sheet(pictures, captions).save(run.folder / f"samples_{run.step:06}.png")
+    with replacing(run.folder / f"samples_{run.step:06}.png") as beside:
+        contact_sheet(pictures, captions).save(beside, format="PNG")

@@ -210,7 +210,7 @@ NUMBERS: list[tuple[Changes, str]] = [
     ({"aesthetic_score": "nan"}, "aesthetic_score must be a finite number, found nan"),
     ({"eta": 0.5}, "eta is of no use to the sampler euler: leave it out"),
     ({"sampler": "ddim", "s_churn": 1}, "s_churn is of no use to the sampler ddim: leave it out"),
-    ({"sampler": "ddim", "eta": -1}, "eta must be a finite number of at least 0, found -1.0"),
+    ({"sampler": "ddim", "eta": -1}, "eta must be a number from 0 to a million, found -1.0"),
 ]
 WORDS: list[tuple[Changes, str]] = [
     ({"sampler": "banana"}, "unknown sampler 'banana': expected one of euler, "),

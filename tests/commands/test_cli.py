@@ -18,7 +18,7 @@ import pytest
 from command_line import Refine, assert_one_line, process
 
 from sdxl_ref import __version__, cli
-from sdxl_ref.cli import main, summaries
+from sdxl_ref.cli import Parser, add_commands, main, summaries
 from sdxl_ref.pipelines import ImageToImagePipeline
 
 COMMANDS = ["demo", "evaluate", "fetch", "generate", "info", "refine", "train"]
@@ -246,3 +246,14 @@ def test_a_progress_bar_on_a_terminal_with_the_true_number_of_steps(refine: Refi
     assert "3/3" in shown
     assert "step" in shown
     assert "step" not in result.stdout.decode().replace("3 of 10 steps", "")
+
+
+def test_a_command_of_two_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pkg" / "commands").mkdir(parents=True)
+    (tmp_path / "pkg" / "__init__.py").touch()
+    text = '"""`tool two-words`: does it."""\n\n\ndef arguments(p):\n    p.add_argument("--x")\n'
+    (tmp_path / "pkg" / "commands" / "two_words.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    top = Parser(prog="tool")
+    add_commands(top, tmp_path / "pkg" / "commands", ["two-words"])
+    assert top.parse_args(["two-words", "--x", "1"]).x == "1"

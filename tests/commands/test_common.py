@@ -16,7 +16,8 @@ import torch
 from command_line import pixels, settings, texts
 from PIL import Image
 
-from sdxl_ref.commands.common import path_and_scale, pick_device, save_png
+from sdxl_ref.commands.adapter_options import path_and_scale
+from sdxl_ref.commands.common import pick_device, save_png
 from sdxl_ref.config import InputError
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))

@@ -92,7 +92,7 @@ def test_s_noise_scales_the_noise(name: str) -> None:
 )
 @pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
 def test_an_amount_is_at_least_0(name: str, option: str, value: float) -> None:
-    with pytest.raises(InputError, match=rf"{option} must be a finite number of at least 0, found {value}"):
+    with pytest.raises(InputError, match=rf"{option} must be a number from 0 to a million, found {value}"):
         run(name, denoise, noise(1, 4, 8, 8), SIGMAS, seeded(), **{option: value})
 
 

@@ -95,10 +95,52 @@ def test_numbers_are_finite(name: str, value: float) -> None:
         Request(prompt="", **{name: value})
 
 
+def test_churn_without_an_amount_is_no_option() -> None:
+    """Its limits and its noise would change nothing."""
+    for name in ("s_noise", "s_tmin", "s_tmax"):
+        with pytest.raises(InputError, match=f"{name} is of no use without s_churn"):
+            Request(prompt="", **{name: 1.0})
+        Request(prompt="", s_churn=1.0, **{name: 1.0})
+    with pytest.raises(InputError, match="s_tmax must be a number from 0 to a million, found nan"):
+        Request(prompt="", s_churn=1.0, s_tmax=float("nan"))
+    Request(prompt="", s_churn=1.0, s_tmax=float("inf"))
+
+
+WRONG_KINDS = [
+    ("prompt", None),
+    ("prompt", [1]),
+    ("prompt", b"a cup"),
+    ("prompt", []),
+    ("negative_prompt", []),
+    ("num_images_per_prompt", 1.5),
+    ("num_inference_steps", "50"),
+    ("original_size", 64),
+    ("original_size", (1, 2, 3)),
+    ("target_size", (64.0, 64.0)),
+    ("negative_crops_coords_top_left", (-1, 0)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_KINDS)
+def test_a_wrong_kind_of_value_is_named(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"^{name} must be"):
+        Request(**{"prompt": "", name: value})
+
+
+CHANGES = [{"latent": torch.zeros(1, 4, 8, 8)}, {"latents": None}, {"latents": torch.zeros(1, 1, 8, 8)}, torch.zeros(1)]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=["misspelt", "none", "broadcast", "bare"])
+def test_what_a_callback_returns_is_checked(changes: Any) -> None:
+    request = {"height": 64, "width": 64, "num_inference_steps": 4}
+    with pytest.raises(InputError, match="callback_on_step_end to return"):
+        pairs.base()("a cup", callback_on_step_end=lambda *_: changes, **request)
+
+
 @pytest.mark.parametrize("name", ["eta", "s_noise", "s_churn", "s_tmin"])
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
 def test_amounts_of_a_sampler_are_finite_and_not_below_0(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"{name} must be a finite number of at least 0, found {value}"):
+    with pytest.raises(InputError, match=f"{name} must be a number from 0 to a million, found {value}"):
         Request(prompt="", sampler="euler", **{name: value})
 
 
@@ -220,8 +262,10 @@ def test_options_go_to_the_sampler(sampler: str, options: dict[str, float]) -> N
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("option", SAMPLER_OPTIONS)
 def test_an_option_of_no_use_to_the_sampler_is_refused_by_name(sampler: str, option: str) -> None:
-    if option in inspect.signature(SAMPLERS[sampler]).parameters:
-        assert Request(prompt="", sampler=sampler, **{option: 0.5}).sampler_options() == {option: 0.5}
+    usable = inspect.signature(SAMPLERS[sampler]).parameters
+    if option in usable:
+        options = {option: 0.5} | ({"s_churn": 0.5} if "s_churn" in usable else {})
+        assert Request(prompt="", sampler=sampler, **options).sampler_options() == options
     else:
         with pytest.raises(InputError, match=f"{option} is of no use to the sampler {sampler}: leave it out"):
             Request(prompt="", sampler=sampler, **{option: 0.5})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.samplers import SAMPLERS
-from sdxl_ref.pipelines import EnsemblePipeline, TextToImagePipeline
+from sdxl_ref.pipelines import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.pipelines.ensemble import EnsembleRequest
 
 MEMORYLESS = ("euler", "ddim", "euler_ancestral", "ddpm")  # one evaluation a step, and no history
@@ -115,6 +115,16 @@ def test_an_open_pipeline_is_taken_as_it_is(tiny_refiner_file: Any) -> None:
     assert ensemble.refiner.vae is base.vae
 
 
+def test_parts_that_one_of_the_models_has_no_use_for(tiny_base_file: Any, tiny_refiner_file: Any) -> None:
+    base = pairs.base()
+    with pytest.raises(InputError, match="an SDXL refiner has no text_encoder: leave it out"):
+        ImageToImagePipeline.from_pretrained(tiny_refiner_file, text_encoder=base.text_encoder)
+    with pytest.raises(InputError, match="the two models have a UNet each"):
+        EnsemblePipeline.from_pretrained(tiny_base_file, tiny_refiner_file, unet=base.unet)
+    with pytest.raises(InputError, match="low_memory is for models that are opened here"):
+        EnsemblePipeline.from_pretrained(base, tiny_refiner_file, low_memory=True)
+
+
 def test_the_wrong_kind_of_model(tiny_base_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = pairs.base()
     with pytest.raises(InputError, match="expected a refiner"):
@@ -136,6 +146,7 @@ def test_the_wrong_kind_of_model(tiny_base_file: Any, monkeypatch: pytest.Monkey
         ({"switch_step": 50}, "one expert would run 0 steps: expected from 1 to 49"),
         ({"switch_step": 0}, "one expert would run 0 steps: expected from 1 to 49"),
         ({"switch": 0.8, "switch_step": 3}, "give one of them"),
+        ({"switch_step": 3, "s_churn": 3.0}, "s_churn moves the levels that switch_step counts"),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sdxl_ref.adapters.forms import FORMS
 from sdxl_ref.cli import Help
-from sdxl_ref.commands.common import path_and_scale
+from sdxl_ref.commands.adapter_options import path_and_scale
 from weights_convert.adapters import convert_adapter, extract, merge
 from weights_convert.commands.common import add_target_option
 
