@@ -88,7 +88,9 @@ def with_parts(checkpoint: Checkpoint, vae: Path | None, openclip: Path | None, 
             report.lines.append(f"logit_scale: not in {openclip}, the source's stays if it has one")
         sources |= own
     shapes = {key: source.shape for key, source in sources.items()}
-    return Folder(checkpoint.path, checkpoint.config, shapes, checkpoint.metadata, checkpoint.note, checkpoint.defaults, sources)
+    return Folder(
+        checkpoint.path, checkpoint.config, shapes, checkpoint.metadata, checkpoint.note, checkpoint.defaults, sources
+    )
 
 
 def scale_key(config: ModelConfig) -> str:

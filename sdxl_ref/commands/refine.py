@@ -38,11 +38,13 @@ def run(a: argparse.Namespace) -> None:
     picture = fit(photo, MAX_PIXELS)
     settings = {name: getattr(a, name) for name in (*SHARED, *OWN)} | {"num_inference_steps": a.steps}
     request = ImageToImageRequest(image=picture, generator=[torch.Generator().manual_seed(a.seed)], **settings)
-    plan = ImageToImagePipeline.plan(request)  # before the weights are read
+    ImageToImagePipeline.plan_for(request)  # before a repository is downloaded
     if a.watermark:
         watermarks().check(*picture.size)
 
-    checkpoint = ImageToImagePipeline.open(a.checkpoint)
+    checkpoint = ImageToImagePipeline.open(a.checkpoint, a.variant)
+    plan = ImageToImagePipeline.plan_for(request, checkpoint.defaults)  # before the weights are read
+    settings |= common.sampling_settings(request.completed(checkpoint.defaults))
     hasher = ThreadPool(1)  # of a daemon: what ends the command meanwhile does not wait for it
     hashing = hasher.apply_async(common.identity, [checkpoint])  # later the file may have left the system's cache
     hasher.close()
@@ -65,7 +67,7 @@ def run(a: argparse.Namespace) -> None:
     settings["image_sha256"] = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by}
     settings["prediction"] = pipe.config.prediction
-    settings["unconditional"] = "negative prompt, encoded even where empty" if request.guided else "none"
+    settings["unconditional"] = "none" if not request.guided else pipe.unconditional(request)
     common.save_png(refined, out, settings)
     if a.save_latents:
         save_latents(a.save_latents, latents, float(plan.grid.sigmas[-1]))

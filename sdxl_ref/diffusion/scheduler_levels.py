@@ -19,6 +19,7 @@ from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.schedule import TRAIN_STEPS, Grid, NoiseSchedule
 
 Array = NDArray[Any]
+ALMOST_LAST = TRAIN_STEPS - 1.5  # diffusers' float32 tables put the highest level just below the last step, 998.99…
 RHO = 7.0  # Karras et al. 2022, equation 5
 BETA = 0.6  # both parameters of the beta distribution (Lee et al. 2024, arXiv:2407.12173)
 
@@ -47,7 +48,7 @@ class SchedulerLevels:
     def changed(self, spacing: str | None, karras: bool | None) -> "str | SchedulerLevels":
         """The same with another spacing of diffusers', or with or without Karras' sigmas."""
         if spacing == "sgm":
-            if self.sigmas and karras is None or not self.ends_at_zero:
+            if (self.sigmas and karras is None) or not self.ends_at_zero:
                 raise InputError(f'the spacing "sgm" cannot have the other settings of the folder: {self}')
             return spacing
         sigmas = self.sigmas
@@ -69,7 +70,7 @@ class SchedulerLevels:
             sigmas = SIGMAS[self.sigmas](*ends, steps)
             t = np.array([schedule.timestep(sigma) for sigma in sigmas])
             if self.family == "multistep":
-                t = t.round() if self.karras else np.trunc(t)
+                t = t.round() if self.karras else np.trunc(t.clip(max=ALMOST_LAST))
         last = 0.0 if self.ends_at_zero else schedule.table[0]
         levels = torch.from_numpy(np.append(sigmas, last)).float()
         return Grid(levels, tuple(t.tolist()), schedule.timestep)

@@ -57,7 +57,7 @@ class ImageToImagePipeline(Pipeline):
         r = request.completed(defaults)
         steps = r.num_inference_steps
         schedule = NoiseSchedule()
-        grid = schedule.grid(steps, r.spacing, r.karras)
+        grid = schedule.grid(steps, r.spacing, bool(r.karras))
         if r.denoising_start is None:
             start = steps - strength_steps(steps, STRENGTH if r.strength is None else r.strength, r.strength_rule)
         elif r.strength is None:

@@ -175,6 +175,12 @@ class Pipeline(CallablePipeline):
         """Whether no negative prompt means zeros, and not the empty prompt."""
         return self.config.kind == "base" if self.defaults.zeros is None else self.defaults.zeros
 
+    def unconditional(self, request: Request) -> str:
+        """What the negative side of a request reads, in words."""
+        if self.zeros and request.negative_prompt is None and request.negative_prompt_2 is None:
+            return "zeros"
+        return "negative prompt encoded, empty where none is given"
+
     def picture_size(self, latents: Tensor) -> Size:
         """(height, width) in pixels of the pictures that latents (b,4,h,w) decode to."""
         return latents.shape[2] * self.vae_scale_factor, latents.shape[3] * self.vae_scale_factor
@@ -198,7 +204,8 @@ class Pipeline(CallablePipeline):
         """What the UNet reads of n prompts, for b = n * num_images_per_prompt pictures, on both sides.
 
         Without a negative prompt the negative side is zeros on a base, and the empty prompt on a refiner, unless the
-        model's settings say otherwise (`force_zeros_for_empty_prompt`). A negative prompt is one text, or as many as divide b. InputError where the numbers do not go together.
+        model's settings say otherwise (`force_zeros_for_empty_prompt`). A negative prompt is one text, or as many as
+        divide b. InputError where the numbers do not go together.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         count = len(prompts) * num_images_per_prompt

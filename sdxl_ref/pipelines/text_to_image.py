@@ -37,7 +37,7 @@ class TextToImagePipeline(Pipeline):
         for name, side in (("height", r.height), ("width", r.width)):
             if side is not None and (side < 8 or side % 8):
                 raise InputError(f"{name} must be a multiple of 8, found {side}")
-        grid = schedule.grid(r.num_inference_steps, r.spacing, r.karras)
+        grid = schedule.grid(r.num_inference_steps, r.spacing, bool(r.karras))
         stop = len(grid.timesteps)
         if r.denoising_end is not None:
             stop = grid.steps_above(schedule.switch_sigma(r.denoising_end))
@@ -85,4 +85,4 @@ class TextToImagePipeline(Pipeline):
             raise InputError(f"expected latents {shape} for this height and width, found {tuple(r.latents.shape)}")
         generator = fresh_generators(shape[0]) if r.generator is None else r.generator
         noise = draw_noise(shape, generator) if r.latents is None else r.latents.float()
-        return noise.to(self.device) * NoiseSchedule().initial_scale(grid.sigmas, r.spacing, r.sampler), generator
+        return noise.to(self.device) * NoiseSchedule().initial_scale(grid.sigmas, r.spacing, str(r.sampler)), generator

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sdxl_ref.config import BASE_1_0, REFINER_1_0, Defaults, InputError, ModelConfig
+from sdxl_ref.config import BASE_1_0, REFINER_1_0, SDXL, Defaults, InputError, ModelConfig
 from sdxl_ref.networks.openclip_g import LOGIT_SCALE, OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
@@ -86,7 +86,7 @@ class Checkpoint:
     shapes: Shapes
     metadata: Mapping[str, str]
     note: str = ""
-    defaults: Defaults = Defaults()
+    defaults: Defaults = SDXL
 
     @property
     def name(self) -> str:

@@ -170,7 +170,7 @@ def sampler_of(path: Path, settings: Json, scheduler: Scheduler) -> str:
 
 
 def levels_of(path: Path, settings: Json, name: str) -> Json:
-    """`spacing`, and perhaps `karras`, of the defaults: by name where a spacing of ours is the same, else the rule itself."""
+    """`spacing`, and perhaps `karras`, of the defaults: a name where a spacing of ours is the same, else the rule."""
     scheduler = SCHEDULERS[name]
     fields = {key: settings.get(key, own_default) for key, own_default in scheduler.honoured.items()}
     sigmas = [key for key in SIGMAS if fields.get(f"use_{key}_sigmas")]
