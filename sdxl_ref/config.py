@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 PREDICTIONS = ("epsilon", "v")
 NO_SIZES = ("activation", "scale_factor")
@@ -116,6 +117,20 @@ class VAEConfig:
         is_number = type(self.scale_factor) in (int, float)
         if self.ch % 32 or not is_number or not 0 < self.scale_factor < 10**6:
             raise InputError(f"expected ch % 32 == 0 and a scale_factor above 0, found {self.ch}, {self.scale_factor}")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How a model is run where a request leaves it open: SDXL's own way, or what the settings in a folder say."""
+
+    sampler: str = "euler"
+    spacing: Any = "leading"  # a name, or an object that makes the grids: see `NoiseSchedule.grid`
+    karras: bool = False
+    zeros: bool | None = None  # whether no negative prompt means zeros, or the empty prompt; None: zeros on a base
+    refusal: str = ""  # why the model's own sampler cannot be had
+
+
+SDXL = Defaults()
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ def with_parts(
             report.lines.append(f"logit_scale: not in {openclip}, the source's stays if it has one")
         sources |= {prefix + key: source for key, source in own.sources.items()}
     shapes = {key: source.shape for key, source in sources.items()}
-    metadata = checkpoint.metadata
-    return Folder(checkpoint.path, config, shapes, metadata, checkpoint.note, sources=sources), files
+    known = (checkpoint.metadata, checkpoint.note, checkpoint.defaults)
+    return Folder(checkpoint.path, config, shapes, *known, sources=sources), files
 
 
 def scale_key(config: ModelConfig) -> str:

@@ -14,7 +14,7 @@ from sdxl_ref.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfi
 from sdxl_ref.text.tokenizer import byte_letters, merges
 from sdxl_ref.weights.checkpoint import prefixes
 from sdxl_ref.weights.folder_config import CLASSES as NETWORKS
-from sdxl_ref.weights.folder_config import SCHEDULER_CONFIG
+from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 Json = dict[str, Any]

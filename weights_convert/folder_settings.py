@@ -10,7 +10,8 @@ from pathlib import Path
 
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.weights.checkpoint import Checkpoint
-from sdxl_ref.weights.folder_config import CLASSES, SCHEDULER_CONFIG, read_json
+from sdxl_ref.weights.folder_config import CLASSES, read_json
+from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 from weights_convert.folder_files import ABSENT, Json, configurations
 

@@ -32,8 +32,9 @@ SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
 def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", required=True, help="what the picture shows")
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
-    p.add_argument("--sampler", default="euler", help=", ".join(SAMPLERS))
+    p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own, or euler")
     add_request_options(p, Request, *GUIDANCE, *(name for name in SAMPLING if name != "sampler"))
+    p.add_argument("--variant", help="fp16: read files such as model.fp16.safetensors of a folder or a repository")
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
@@ -54,12 +55,18 @@ def add_request_options(p: argparse.ArgumentParser, request_type: type[Request],
             continue
         flag = f"--{field.name.replace('_', '-')}"
         meaning = field.metadata["meaning"]
-        if field.type is bool:
-            p.add_argument(flag, action="store_true", help=meaning)
+        if field.type in (bool, bool | None):
+            action = "store_true" if field.type is bool else argparse.BooleanOptionalAction
+            p.add_argument(flag, action=action, help=meaning)
             continue
         kinds = get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
         number: Any = next((kind for kind in (int, float) if kind in kinds), str)
         p.add_argument(flag, type=number, default=field.default, help=meaning)
+
+
+def sampling_settings(request: Request) -> dict[str, Any]:
+    """The sampler, its levels and its options of a completed request, as a picture's settings have them."""
+    return {name: getattr(request, name) for name in SAMPLING} | {"spacing": str(request.spacing)}
 
 
 def seed(text: str) -> int:

@@ -19,12 +19,14 @@ from sdxl_ref.pictures.watermark import embed
 from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest
 from sdxl_ref.pipelines.image_to_image import STRENGTH, ImageToImagePipeline, ImageToImageRequest
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
+from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.offload import Offload
 from sdxl_ref.weights.saving import save_latents
 
 BASE_ONLY = ("prompt_2", "negative_prompt_2", "height", "width")
 SCORES = ("aesthetic_score", "negative_aesthetic_score")
 SWITCHES = ("switch", "switch_sigma", "switch_step")
+Files = tuple[Checkpoint, Checkpoint | None]  # the base's, and the refiner's where there is one
 EXAMPLES = """examples:
   base alone:   sdxl-ref generate --base BASE --prompt "a red barn"
   ensemble:     sdxl-ref generate --base BASE --refiner REFINER --prompt "a red barn" --karras
@@ -60,9 +62,11 @@ def run(a: argparse.Namespace) -> None:
     common.check_format(out)
     seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
     first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds])
-    plans = say_plans(a, first, second)
+    refiner_file = None if a.refiner is None else ImageToImagePipeline.open(a.refiner, a.variant, vae=True)
+    files = TextToImagePipeline.open(a.base, a.variant, vae=a.vae), refiner_file
+    plans = say_plans(a, files, first, second)
 
-    base, refiner, identities = pipelines(a)
+    base, refiner, identities = pipelines(a, files)
     pipe = EnsemblePipeline(base, refiner) if refiner is not None else base
     adapters = common.put_on(pipe, a.lora)
     if a.watermark:
@@ -76,7 +80,8 @@ def run(a: argparse.Namespace) -> None:
     if a.watermark:
         pictures = [embed(picture) for picture in pictures]
 
-    settings = record(a, base, refiner, plans, identities) | adapters | {"size": "{}x{}".format(*pictures[0].size)}
+    settings = record(a, base, refiner, plans, identities, first, second) | adapters
+    settings |= common.sampling_settings(first.completed(base.defaults)) | {"size": "{}x{}".format(*pictures[0].size)}
     for seed, path, picture in zip(seeds, outs, pictures, strict=True):
         common.save_picture(picture, path, settings | {"seed": seed})
     if a.num_images > 1:
@@ -119,21 +124,22 @@ def requests(
     return EnsembleRequest(**first, **scores, **switches), ImageToImageRequest(**second)
 
 
-def say_plans(a: argparse.Namespace, first: TextToImageRequest, second: ImageToImageRequest) -> list[Any]:
-    """The plans of the runs, printed before anything is read."""
+def say_plans(a: argparse.Namespace, files: Files, first: TextToImageRequest, second: ImageToImageRequest) -> list[Any]:
+    """The plans of the runs, printed before the weights are read."""
+    base, refiner = files
     if isinstance(first, EnsembleRequest):
-        plans: list[Any] = [EnsemblePipeline.plan(first)]
+        plans: list[Any] = [EnsemblePipeline.plan_for(first, base.defaults)]
     else:
-        plans = [TextToImagePipeline.plan(first)]
-    if a.two_stage:
-        plans.append(ImageToImagePipeline.plan(second))
+        plans = [TextToImagePipeline.plan_for(first, base.defaults)]
+    if a.two_stage and refiner is not None:
+        plans.append(ImageToImagePipeline.plan_for(second, refiner.defaults))
     for name, plan in zip(("base ", "refiner ") if a.two_stage else ("",), plans, strict=True):
         print(f"plan: {name}{plan}", flush=True)
     return plans
 
 
 def pipelines(
-    a: argparse.Namespace,
+    a: argparse.Namespace, files: Files
 ) -> tuple[TextToImagePipeline, ImageToImagePipeline | None, Sequence[dict[str, Any]]]:
     """Open the base, and the refiner where there is one; it decodes by the base's VAE. And what the settings say of
     their files."""
@@ -141,8 +147,7 @@ def pipelines(
     options: dict[str, Any] = {"dtype": getattr(torch, a.dtype), "device": device, "prediction": a.prediction}
     if a.low_memory:
         options["offload"] = Offload(device)
-    second = None if a.refiner is None else ImageToImagePipeline.open(a.refiner, vae=True)  # before the base is read
-    first = TextToImagePipeline.open(a.base, vae=a.vae)
+    first, second = files
     identities = common.identities(*(checkpoint for checkpoint in (first, second) if checkpoint is not None))
     base = TextToImagePipeline.from_pretrained(first, **options)
     refiner = None if second is None else ImageToImagePipeline.from_pretrained(second, **options, vae=base.vae)
@@ -160,16 +165,17 @@ def record(
     refiner: ImageToImagePipeline | None,
     plans: list[Any],
     identities: Sequence[dict[str, Any]],
+    first: TextToImageRequest,
+    second: ImageToImageRequest,
 ) -> dict[str, Any]:
     """Everything that it takes to make the pictures again but their size, seed and adapters."""
     own = ("command", "dtype", "watermark", *SHARED, *BASE_ONLY)
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
     settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
     settings |= identities[0] | {"prediction": base.config.prediction}
-    zeros = a.negative_prompt is None and a.negative_prompt_2 is None
-    sides = [f"base {'zeros' if zeros else 'negative prompt encoded'}"]
+    sides = [f"base {base.unconditional(first)}"]
     if refiner is not None:
-        sides.append("refiner negative prompt encoded, empty where none is given")
+        sides.append(f"refiner {refiner.unconditional(second)}")
         settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
         if a.two_stage:
             settings["strength"] = STRENGTH if a.strength is None else a.strength

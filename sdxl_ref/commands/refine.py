@@ -39,11 +39,13 @@ def run(a: argparse.Namespace) -> None:
     picture = fit(photo, MAX_PIXELS)
     settings = {name: getattr(a, name) for name in (*SHARED, *OWN)} | {"num_inference_steps": a.steps}
     request = ImageToImageRequest(image=picture, generator=[torch.Generator().manual_seed(a.seed)], **settings)
-    plan = ImageToImagePipeline.plan(request)  # before the weights are read
+    ImageToImagePipeline.plan_for(request)  # before a repository is downloaded
     if a.watermark:
         watermarks().check(*picture.size)
 
-    checkpoint = ImageToImagePipeline.open(a.checkpoint, vae=a.vae)
+    checkpoint = ImageToImagePipeline.open(a.checkpoint, a.variant, vae=a.vae)
+    plan = ImageToImagePipeline.plan_for(request, checkpoint.defaults)  # before the weights are read
+    settings |= common.sampling_settings(request.completed(checkpoint.defaults))
     identities = common.identities(checkpoint)  # later the file may have left the system's cache
     dtype = getattr(torch, a.dtype)
     pipe = ImageToImagePipeline.from_pretrained(checkpoint, dtype=dtype, device=device, prediction=a.prediction)
@@ -68,7 +70,7 @@ def run(a: argparse.Namespace) -> None:
     }
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by}
     settings["prediction"] = pipe.config.prediction
-    settings["unconditional"] = "negative prompt, encoded even where empty" if request.guided else "none"
+    settings["unconditional"] = "none" if not request.guided else pipe.unconditional(request)
     common.save_picture(refined, out, settings)
     common.say_changes(checkpoint)
     if a.save_latents:

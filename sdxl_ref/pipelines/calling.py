@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdxl_ref.config import InputError, unknown
+from sdxl_ref.config import Defaults, InputError, unknown
 from sdxl_ref.diffusion.schedule import Grid
 from sdxl_ref.diffusion.steps import Denoise, Step
 from sdxl_ref.pictures.images import MULTIPLE
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from sdxl_ref.adapters.active import Adapters
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+NO_SCHEDULER = (
+    "there is no scheduler object: the call takes sampler=, spacing=, karras=, eta= and s_noise= instead, "
+    "and uses a folder's own scheduler settings where these are left out"
+)
 Steps = Generator[Step, None, Tensor]  # returns pictures (b,3,H,W) in [0,1], or latents (b,4,h,w)
 
 
@@ -46,8 +50,9 @@ class CallablePipeline:
     """The base class of all pipelines. `request_type` is what `steps` takes; the call takes its fields."""
 
     request_type: type[Any]
-    plan: Callable[[Any], Plan]
+    plan_for: Callable[[Any, Defaults], Plan]
     steps: Callable[[Any], Steps]
+    defaults: Defaults  # how the model is run where a request leaves it open
 
     def __init__(self) -> None:
         self.wrap_denoiser: Callable[[Denoise], Denoise] | None = None
@@ -85,6 +90,10 @@ class CallablePipeline:
         if request.output_type == "np":
             return PipelineOutput(result.cpu().permute(0, 2, 3, 1).numpy())  # (b,3,h,w) -> (b,h,w,3)
         return PipelineOutput(recording().pictures(result, settings) if request.output_type == "pil" else result)
+
+    def plan(self, request: Any) -> Any:
+        """What will run, known before anything does. InputError where nothing would."""
+        return type(self).plan_for(request, self.defaults)
 
     def request(self, **arguments: Any) -> Any:
         """A request of a call's arguments. TypeError that names the nearest one where there is no such argument."""
@@ -136,6 +145,15 @@ class CallablePipeline:
         from sdxl_ref.weights.offload import model_cpu_offload
 
         model_cpu_offload(self.models(), device)
+
+    @property
+    def scheduler(self) -> Any:
+        """There is none to be set: how a run steps is said by its arguments."""
+        raise AttributeError(NO_SCHEDULER)
+
+    @scheduler.setter
+    def scheduler(self, value: Any) -> None:
+        raise AttributeError(NO_SCHEDULER)
 
     @property
     def adapters(self) -> "Adapters":

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdxl_ref.config import InputError
-from sdxl_ref.diffusion.samplers import SAMPLERS
+from sdxl_ref.config import SDXL, Defaults, InputError
 from sdxl_ref.diffusion.schedule import Grid, NoiseSchedule
 from sdxl_ref.diffusion.steps import Denoise
 from sdxl_ref.pipelines.calling import CallablePipeline, Steps
@@ -41,12 +40,13 @@ class EnsemblePlan(NamedTuple):
     grid: Grid
     switch: float
     evaluations: tuple[int, int]  # base, refiner; the second halves of second-order steps included
+    note: str = ""
 
     def __str__(self) -> str:
         steps = self.grid.steps_above(self.switch)
         first, at_switch, last = (float(self.grid.sigmas[i]) for i in (0, steps, -1))
         base = f"base {self.evaluations[0]} evaluations, sigma {first:.4g} → {at_switch:.4g}"
-        return f"{base}; refiner {self.evaluations[1]}, {at_switch:.4g} → {last:.4g}"
+        return f"{base}; refiner {self.evaluations[1]}, {at_switch:.4g} → {last:.4g}{self.note}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class EnsemblePipeline(CallablePipeline):
     text_encoder = _part_of_base("text_encoder")
     text_encoder_2 = _part_of_base("text_encoder_2")
     config = _part_of_base("config")
+    defaults = _part_of_base("defaults")
     device = _part_of_base("device")
     dtype = _part_of_base("dtype")
 
@@ -142,34 +143,36 @@ class EnsemblePipeline(CallablePipeline):
         return self
 
     @staticmethod
-    def plan(request: EnsembleRequest) -> EnsemblePlan:
-        """Who evaluates where, by running the solver on nothing. InputError where one expert would run 0 steps."""
-        grid, _ = TextToImagePipeline.plan(request)
-        switch = switch_level(request, grid)
+    def plan_for(request: EnsembleRequest, defaults: Defaults = SDXL) -> EnsemblePlan:
+        """Who evaluates where, by running the solver on nothing; `defaults` are the base's.
+
+        InputError where one expert would run 0 steps.
+        """
+        r = request.completed(defaults)
+        grid, _, note = TextToImagePipeline.plan_for(request, defaults)
+        switch = switch_level(r, grid)
         levels: list[float] = []
 
         def record(x: Tensor, sigma: Tensor) -> Tensor:
             levels.append(float(sigma))
             return x
 
-        sampler = SAMPLERS[request.sampler]
-        options = request.sampler_options()
-        for _ in sampler(record, torch.zeros(1), grid.sigmas, generator=torch.Generator(), **options):
+        for _ in sample(r, record, torch.zeros(1), grid.sigmas, torch.Generator()):
             pass
         base = len([sigma for sigma in levels if sigma >= switch])
         for name, count in (("base", base), ("refiner", len(levels) - base)):
-            if count == 0 and request.switch != 1.0:
+            if count == 0 and r.switch != 1.0:
                 raise InputError(
                     f"with the switch at sigma {switch:.4g} the {name} would run 0 steps: expected a level between "
                     f"{min(levels):.4g} and {max(levels):.4g}, the lowest and the highest that is evaluated"
                 )
-        return EnsemblePlan(grid, switch, (base, len(levels) - base))
+        return EnsemblePlan(grid, switch, (base, len(levels) - base), note)
 
     @torch.no_grad()
     def steps(self, request: EnsembleRequest) -> Steps:
         """The algorithm: draw noise, encode the prompt for each expert, denoise step by step, decode."""
-        r = request
-        grid, switch, _ = self.plan(r)
+        r = request.completed(self.defaults)
+        grid, switch, *_ = self.plan(r)
         x, generator = self.base.first_noise(r, grid)  # (b,4,h,w)
         experts: list[Denoise] = []
         for model in self.models():

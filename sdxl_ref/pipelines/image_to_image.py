@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdxl_ref.config import InputError
+from sdxl_ref.config import SDXL, Defaults, InputError
 from sdxl_ref.diffusion.schedule import NoiseSchedule, strength_steps
 from sdxl_ref.noise import draw_noise, fresh_generators
 from sdxl_ref.pictures.images import fit, load_image, to_tensor
@@ -51,12 +51,15 @@ class ImageToImagePipeline(Pipeline):
     request_type = ImageToImageRequest
 
     @staticmethod
-    def plan(request: ImageToImageRequest) -> GridPlan:
-        """Which steps will run. InputError where none would, or where the request contradicts itself."""
-        r = request
+    def plan_for(request: ImageToImageRequest, defaults: Defaults = SDXL) -> GridPlan:
+        """Which steps will run of a model with these defaults.
+
+        InputError where none would, or where the request contradicts itself.
+        """
+        r = request.completed(defaults)
         steps = r.num_inference_steps
         schedule = NoiseSchedule()
-        grid = schedule.grid(steps, r.spacing, r.karras)
+        grid = schedule.grid(steps, r.spacing, bool(r.karras))
         if r.denoising_start is None:
             start = steps - strength_steps(steps, STRENGTH if r.strength is None else r.strength, r.strength_rule)
         elif r.strength is None:
@@ -72,12 +75,12 @@ class ImageToImagePipeline(Pipeline):
             )
             between = f"{first} and denoising_end {r.denoising_end}"
             raise InputError(f"0 of {steps} steps lie between {between}: use more steps, or a wider range")
-        return GridPlan(grid.cut(start, stop), steps)
+        return GridPlan(grid.cut(start, stop), steps, request.left_open(defaults))
 
     @torch.no_grad()
     def steps(self, request: ImageToImageRequest) -> Steps:
         """The algorithm: encode the prompt, encode the picture, add noise, denoise step by step, decode."""
-        r = request
+        r = request.completed(self.defaults)
         grid = self.plan(r).grid
         self.refuse_unusable(r)
         image = self.image_tensor(r).to(self.device)  # (n,3,H,W) or (n,4,h,w)

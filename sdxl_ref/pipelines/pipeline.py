@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from sdxl_ref.config import InputError, ModelConfig, unknown
+from sdxl_ref.config import SDXL, InputError, ModelConfig, unknown
 from sdxl_ref.diffusion.denoiser import Conditioning, Denoiser, Prediction
 from sdxl_ref.diffusion.guidance import Guidance
 from sdxl_ref.diffusion.samplers import SAMPLERS
@@ -43,11 +43,13 @@ class GridPlan(NamedTuple):
 
     grid: Grid
     num_inference_steps: int
+    note: str = ""
 
     def __str__(self) -> str:
         first = float(self.grid.sigmas[0])
         last = float(self.grid.sigmas[-1])
-        return f"{len(self.grid.timesteps)} of {self.num_inference_steps} steps, sigma {first:.4g} → {last:.4g}"
+        steps = f"{len(self.grid.timesteps)} of {self.num_inference_steps} steps, sigma {first:.4g} → {last:.4g}"
+        return steps + self.note
 
 
 class Pipeline(CallablePipeline):
@@ -70,6 +72,7 @@ class Pipeline(CallablePipeline):
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.checkpoint: Checkpoint | None = None
+        self.defaults = SDXL
         self.offload: Offload | None = None  # where parts come when they work
         self.vae_scale_factor = int(2 ** (len(config.vae.ch_mult) - 1))  # how many times smaller a latent's side is
 
@@ -142,6 +145,7 @@ class Pipeline(CallablePipeline):
                 parts[part] = offload.read(checkpoint, part, part_dtype)
         pipeline = cls(config, **parts)
         pipeline.checkpoint = checkpoint
+        pipeline.defaults = checkpoint.defaults
         pipeline.offload = offload
         return pipeline
 
@@ -169,6 +173,17 @@ class Pipeline(CallablePipeline):
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
 
+    @property
+    def zeros(self) -> bool:
+        """Whether no negative prompt means zeros, and not the empty prompt."""
+        return self.config.kind == "base" if self.defaults.zeros is None else self.defaults.zeros
+
+    def unconditional(self, request: Request) -> str:
+        """What the negative side of a request reads, in words."""
+        if self.zeros and request.negative_prompt is None and request.negative_prompt_2 is None:
+            return "zeros"
+        return "negative prompt encoded, empty where none is given"
+
     def picture_size(self, latents: Tensor) -> Size:
         """(height, width) in pixels of the pictures that latents (b,4,h,w) decode to."""
         return latents.shape[2] * self.vae_scale_factor, latents.shape[3] * self.vae_scale_factor
@@ -191,12 +206,13 @@ class Pipeline(CallablePipeline):
     ) -> PromptEmbeds:
         """What the UNet reads of n prompts, for b = n * num_images_per_prompt pictures, on both sides.
 
-        Without a negative prompt the negative side is zeros on a base, and the empty prompt on a refiner. A negative
-        prompt is one text, or as many as divide b. InputError where the numbers do not go together.
+        Without a negative prompt the negative side is zeros on a base, and the empty prompt on a refiner, unless the
+        model's settings say otherwise (`force_zeros_for_empty_prompt`). A negative prompt is one text, or as many as
+        divide b. InputError where the numbers do not go together.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         count = len(prompts) * num_images_per_prompt
-        zeros = self.config.kind == "base" and negative_prompt is None and negative_prompt_2 is None
+        zeros = self.zeros and negative_prompt is None and negative_prompt_2 is None
         texts = per_image(prompts, count)
         texts_2 = per_image(prompts if prompt_2 is None else prompt_2, count)
         if do_classifier_free_guidance and not zeros:
@@ -278,7 +294,7 @@ class Pipeline(CallablePipeline):
 
 def sample(request: Request, denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generator) -> Iterator[Step]:
     """The steps of the request's sampler from x (b,4,h,w), which stands at the first of `sigmas`."""
-    sampler = SAMPLERS[request.sampler]
+    sampler = SAMPLERS[request.sampler or SDXL.sampler]
     for step in sampler(denoise, x, sigmas, generator=generator, **request.sampler_options()):
         check_finite(f"the UNet, on the step to sigma {float(step.sigma):.4g},", step.x)
         yield step

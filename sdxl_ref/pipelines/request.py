@@ -6,17 +6,18 @@ A pipeline's call and its help take names, defaults and meanings from here, and 
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from sdxl_ref.config import InputError, unknown
+from sdxl_ref.config import SDXL, Defaults, InputError, unknown
 from sdxl_ref.diffusion.samplers import SAMPLERS
 from sdxl_ref.diffusion.steps import check_amounts
 from sdxl_ref.noise import Generator
 
+Self = TypeVar("Self", bound="Request")
 Size = tuple[int, int]  # height, width
 Prompt = str | Sequence[str]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -50,9 +51,9 @@ class Request:
     negative_target_size: Size | None = option("base only: the negative side's; None: target_size", None)
     aesthetic_score: float | None = option("refiner only: of the picture wanted, about 1 to 10; None: 6.0", None)
     negative_aesthetic_score: float | None = option("refiner only: of the picture to avoid; None: 2.5", None)
-    sampler: str = option("the name of a sampler, a key of SAMPLERS", "euler")
-    spacing: str = option("of the steps: leading, trailing, linspace or sgm", "leading")
-    karras: bool = option("Karras' sigmas between the ends of the spacing", False)
+    sampler: str | None = option("the name of a sampler, a key of SAMPLERS; None: the model's own, or euler", None)
+    spacing: Any = option("leading, trailing, linspace or sgm; None: the model's own, or leading", None)
+    karras: bool | None = option("Karras' sigmas between the spacing's ends; None: the model's own, or not", None)
     eta: float | None = option("share of fresh noise of a sampler that draws it; None: the sampler's own", None)
     s_noise: float | None = option("factor on a sampler's fresh noise; None: 1", None)
     s_churn: float | None = option("Karras' churn, of euler and heun; None: 0", None)
@@ -61,7 +62,7 @@ class Request:
     output_type: str = option('"pil", "np" (b,H,W,3), "pt" (b,3,H,W), or "latent" (b,4,h,w)', "pil")
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
+        if self.sampler is not None and self.sampler not in SAMPLERS:
             from sdxl_ref.diffusion.sampler_names import answer  # other tools' names
 
             raise InputError(answer(self.sampler))
@@ -83,12 +84,41 @@ class Request:
             raise InputError(f"guidance_rescale must be from 0 to 1, found {self.guidance_rescale}")
         if not 1 <= self.num_images_per_prompt <= 1000:
             raise InputError(f"num_images_per_prompt must be from 1 to 1000, found {self.num_images_per_prompt}")
-        usable = inspect.signature(SAMPLERS[self.sampler]).parameters
+        if self.sampler is not None:
+            self.check_options(self.sampler)
+
+    def check_options(self, sampler: str) -> None:
+        """InputError for an option of samplers that this one has no use for."""
+        usable = inspect.signature(SAMPLERS[sampler]).parameters
         for name in self.sampler_options():
             if name not in usable:
-                raise InputError(f"{name} is of no use to the sampler {self.sampler}: leave it out")
+                raise InputError(f"{name} is of no use to the sampler {sampler}: leave it out")
             if "s_churn" in usable and not self.s_churn and name != "s_churn":
                 raise InputError(f"{name} is of no use without s_churn: give that too, or leave it out")
+
+    def completed(self: Self, defaults: Defaults) -> Self:
+        """With a model's own way of running where this says nothing. InputError where that cannot be had here."""
+        if defaults.refusal and None in (self.sampler, self.spacing):
+            raise InputError(f"{defaults.refusal}: name the sampler and the spacing to use in its place")
+        spacing = self.spacing
+        karras = self.karras
+        if isinstance(defaults.spacing, str):
+            spacing = defaults.spacing if spacing is None else spacing
+            karras = defaults.karras if karras is None else karras
+        elif spacing is None or isinstance(spacing, str):
+            spacing = defaults.spacing.changed(spacing, karras)
+        if not isinstance(spacing, str):
+            karras = spacing.karras
+        return replace(self, sampler=self.sampler or defaults.sampler, spacing=spacing, karras=bool(karras))
+
+    def left_open(self, defaults: Defaults) -> str:
+        """What the model's own settings decide, where they are not SDXL's, as a plan tells it."""
+        settings = []
+        for name in ("sampler", "spacing", "karras", "zeros"):
+            own = getattr(defaults, name)
+            if getattr(self, name, None) is None and own != getattr(SDXL, name):
+                settings.append(f"{name} {own}")
+        return f"; the model's own: {', '.join(settings)}" if settings else ""
 
     def sampler_options(self) -> dict[str, float]:
         """The options of the sampler that are not its own defaults."""

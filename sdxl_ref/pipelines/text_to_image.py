@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdxl_ref.config import InputError
+from sdxl_ref.config import SDXL, Defaults, InputError
 from sdxl_ref.diffusion.schedule import TRAIN_STEPS, Grid, NoiseSchedule
 from sdxl_ref.noise import Generator, draw_noise, fresh_generators
 from sdxl_ref.pipelines.calling import Steps
@@ -32,14 +32,14 @@ class TextToImagePipeline(Pipeline):
     request_type = TextToImageRequest
 
     @staticmethod
-    def plan(request: TextToImageRequest) -> GridPlan:
-        """Which steps will run. InputError where none would."""
-        r = request
+    def plan_for(request: TextToImageRequest, defaults: Defaults = SDXL) -> GridPlan:
+        """Which steps will run of a model with these defaults. InputError where none would."""
+        r = request.completed(defaults)
         schedule = NoiseSchedule()
         for name, side in (("height", r.height), ("width", r.width)):
             if side is not None and (not 8 <= side <= LARGEST_SIDE or side % 8):
                 raise InputError(f"{name} must be a multiple of 8, from 8 to {LARGEST_SIDE}, found {side}")
-        grid = schedule.grid(r.num_inference_steps, r.spacing, r.karras)
+        grid = schedule.grid(r.num_inference_steps, r.spacing, bool(r.karras))
         stop = len(grid.timesteps)
         if r.denoising_end is not None:
             stop = grid.steps_above(schedule.switch_sigma(r.denoising_end))
@@ -47,12 +47,12 @@ class TextToImagePipeline(Pipeline):
             raise InputError(
                 f"denoising_end {r.denoising_end} leaves 0 of {r.num_inference_steps} steps: use a larger one"
             )
-        return GridPlan(grid.cut(0, stop), r.num_inference_steps)
+        return GridPlan(grid.cut(0, stop), r.num_inference_steps, request.left_open(defaults))
 
     @torch.no_grad()
     def steps(self, request: TextToImageRequest) -> Steps:
         """The algorithm: draw noise, encode the prompt, denoise step by step, decode."""
-        r = request
+        r = request.completed(self.defaults)
         grid = self.plan(r).grid
         self.refuse_unusable(r)
         x, generator = self.first_noise(r, grid)  # (b,4,h,w)
@@ -87,4 +87,4 @@ class TextToImagePipeline(Pipeline):
             raise InputError(f"expected latents {shape} for this height and width, found {tuple(r.latents.shape)}")
         generator = fresh_generators(shape[0]) if r.generator is None else r.generator
         noise = draw_noise(shape, generator) if r.latents is None else r.latents.float()
-        return noise.to(self.device) * NoiseSchedule().initial_scale(grid.sigmas, r.spacing, r.sampler), generator
+        return noise.to(self.device) * NoiseSchedule().initial_scale(grid.sigmas, r.spacing, str(r.sampler)), generator

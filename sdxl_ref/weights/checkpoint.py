@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
+from sdxl_ref.config import BASE_1_0, REFINER_1_0, SDXL, Defaults, InputError, ModelConfig
 from sdxl_ref.networks.openclip_g import LOGIT_SCALE, OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
@@ -93,6 +93,7 @@ class Checkpoint:
     shapes: Shapes
     metadata: Mapping[str, str]
     note: str = ""
+    defaults: Defaults = SDXL
     stamps: dict[Path, tuple[int, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -4,9 +4,10 @@ Names and shapes are translated by `sdxl_ref.weights.layouts` as tensors are rea
 Source: `DiffusionPipeline.from_pretrained` in diffusers, `PreTrainedModel.from_pretrained` in transformers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
 from sdxl_ref.weights.fitting import check, is_extra
 from sdxl_ref.weights.folder_config import model_config, read_json
+from sdxl_ref.weights.folder_scheduler import read_scheduler
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.tensor_files import PICKLES, Header, open_tensors, read_headers, read_metadata
 
 EXTRAS_FILE = "official_extras.safetensors"  # what an official file holds and this layout has no place for
 STEMS = ("diffusion_pytorch_model", "model")
+SHARD = re.compile(r"-\d+-of-\d+")
 OLD_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))  # the VAE's names
 
 
@@ -86,12 +89,17 @@ def open_folder(folder: Path, variant: str | None = None) -> Folder:
     InputError for another architecture, missing or damaged files, an index that points elsewhere, and as
     `open_checkpoint` raises it.
     """
-    config = model_config(folder)
+    prediction, defaults = read_scheduler(folder)
+    config = replace(model_config(folder), prediction=prediction)
     sources: dict[str, Source] = {}
     unexpected: dict[str, tuple[int, ...]] = {}
+    notes = []
     for part, prefix in prefixes(config).items():
         _, rules = part_rules(part, config)
-        stored = part_tensors(folder / part, variant)
+        file, note = weights_file(folder / part, variant)
+        if note:
+            notes.append(f"{part}: {note}")
+        stored = tensors_of(file)
         for rule in rules:
             tensors = [stored.pop(name_in_file(name, stored), None) for name in rule.other]
             if tensors and None not in tensors:
@@ -101,7 +109,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Folder:
     shapes = {key: source.shape for key, source in sources.items()}
     check(config, shapes | unexpected, folder)
     metadata = read_metadata(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).exists() else {}
-    return Folder(folder, config, shapes, metadata, "", sources)
+    return Folder(folder, config, shapes, metadata, "; ".join(notes), defaults, sources)
 
 
 def official_extras(path: Path, logit_scale: str) -> dict[str, Source]:
@@ -126,29 +134,66 @@ def name_in_file(name: str, names: Mapping[str, Any]) -> str:
 
 def part_tensors(folder: Path, variant: str | None) -> dict[str, Stored]:
     """Every tensor of a part by the name that it has there."""
+    file, _ = weights_file(folder, variant)
+    return tensors_of(file)
+
+
+def tensors_of(file: Path) -> dict[str, Stored]:
+    """Every tensor of a file, or of the shards of an index, by the name that it has there."""
+    return stored_in(file) if file.suffix == ".safetensors" else sharded(file)
+
+
+def weights_file(folder: Path, variant: str | None) -> tuple[Path, str]:
+    """The file of a part's weights, or the index of its shards, and a note where it is another than was asked for."""
+    names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    found, note = choose(names, variant)
+    if len(found) != 1:
+        raise InputError(_no_single_file(folder, variant, names, found))
+    return folder / found[0], note
+
+
+def choose(names: Collection[str], variant: str | None) -> tuple[list[str], str]:
+    """The files of weights (an index counts as one) among names of a part's folder, as a variant is asked for.
+
+    A part without the variant has its plain file instead; without a variant asked for the only one there is is taken.
+    """
+    found = weights_of(names, variant)
+    if found:
+        return found, ""
+    if variant:
+        return weights_of(names, None), f"there is no variant {variant!r}, the plain file is used"
+    variants = variants_in(names)
+    if len(variants) != 1:
+        return [], ""
+    return weights_of(names, variants[0]), f"there is the variant {variants[0]!r} alone, which is used"
+
+
+def weights_of(names: Collection[str], variant: str | None) -> list[str]:
+    """Among these, the single files and the indices of a variant, or the plain ones."""
     middle = f".{variant}" if variant else ""
-    single = [folder / f"{stem}{middle}.safetensors" for stem in STEMS]
-    indices = [folder / f"{stem}.safetensors.index{middle}.json" for stem in STEMS]
-    files = [path for path in (*single, *indices) if path.is_file()]
-    if len(files) != 1:
-        raise InputError(_no_single_file(folder, variant, files))
-    if files[0].suffix == ".safetensors":
-        return stored_in(files[0])
-    return sharded(files[0])
+    known = [
+        name for stem in STEMS for name in (f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json")
+    ]
+    return [name for name in known if name in names]
 
 
-def _no_single_file(folder: Path, variant: str | None, files: list[Path]) -> str:
+def variants_in(names: Collection[str]) -> list[str]:
+    """The variants that there are single files or indices of."""
+    pattern = re.compile(rf"(?:{'|'.join(STEMS)})(?:\.([\w-]+)\.safetensors|\.safetensors\.index\.([\w-]+)\.json)")
+    matches = [match for name in names if (match := pattern.fullmatch(name))]
+    return sorted({match[1] or match[2] for match in matches if not SHARD.search(match[0])})
+
+
+def _no_single_file(folder: Path, variant: str | None, names: Collection[str], found: Sequence[str]) -> str:
     wanted = f"weights of variant {variant!r}" if variant else "weights"
-    if files:
-        return f"expected one file of {wanted} in {folder}, found {', '.join(path.name for path in files)}: remove one"
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    variants = sorted({name.split(".")[1] for name in names if name.endswith(".safetensors") and name.count(".") > 1})
+    if found:
+        return f"expected one file of {wanted} in {folder}, found {', '.join(found)}: remove one"
     hint = "complete the folder"
-    if variants and not variant:
-        hint = f"there is the variant {variants[0].split('-')[0]!r}: name it"
+    if variants := variants_in(names):
+        hint = f"there are the variants {', '.join(variants)}: name one"
     if any(name.endswith(PICKLES) for name in names):
         hint = "pickles are not opened: get the safetensors files"
-    return f"expected {wanted} as safetensors in {folder}, found {', '.join(names[:4]) or 'nothing'}: {hint}"
+    return f"expected {wanted} as safetensors in {folder}, found {', '.join(sorted(names)[:4]) or 'nothing'}: {hint}"
 
 
 def sharded(index: Path) -> dict[str, Stored]:

@@ -1,7 +1,8 @@
 """The configuration files of a folder in diffusers' layout -> our configurations.
 
-A field that changes what is computed and that no size of ours stands for has to have SDXL's value. Source: the
-`config.json` of `UNet2DConditionModel`, `AutoencoderKL` (diffusers) and `CLIPTextConfig` (transformers).
+A field is a size of ours, or has to have SDXL's value, or has no effect on what is computed; one that is none of these
+is refused. Source: the `config.json` of `UNet2DConditionModel`, `AutoencoderKL` (diffusers) and `CLIPTextConfig`
+(transformers), and the constructors of the SDXL pipelines.
 """
 
 import json
@@ -14,7 +15,6 @@ from sdxl_ref.weights.regular import check_regular
 from sdxl_ref.weights.strangers import require_no_other_part
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 CLASSES = {  # of each part, as the index names them
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -32,6 +32,10 @@ UNET = {  # fields that change what is computed and no size of ours stands for, 
     "cross_attention_norm": None,
     "downsample_padding": 1,
     "dual_cross_attention": False,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -41,6 +45,7 @@ UNET = {  # fields that change what is computed and no size of ours stands for, 
     "norm_eps": 1e-5,
     "norm_num_groups": 32,
     "num_attention_heads": None,
+    "num_class_embeds": None,
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1,
     "resnet_skip_time_act": False,
@@ -48,6 +53,7 @@ UNET = {  # fields that change what is computed and no size of ours stands for, 
     "reverse_transformer_layers_per_block": None,
     "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
     "time_embedding_type": "positional",
     "timestep_post_act": None,
     "use_linear_projection": True,
@@ -64,15 +70,77 @@ VAE = {
     "use_quant_conv": True,
 }
 TEXT = {"layer_norm_eps": 1e-5, "max_position_embeddings": 77, "model_type": "clip_text_model", "vocab_size": 49408}
-SCHEDULER = {
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "trained_betas": None,
+SIZES = {  # fields that are read, by class
+    "UNet2DConditionModel": (
+        "attention_head_dim",
+        "block_out_channels",
+        "cross_attention_dim",
+        "down_block_types",
+        "in_channels",
+        "layers_per_block",
+        "out_channels",
+        "projection_class_embeddings_input_dim",
+        "sample_size",
+        "transformer_layers_per_block",
+        "up_block_types",
+    ),
+    "AutoencoderKL": (
+        "block_out_channels",
+        "down_block_types",
+        "in_channels",
+        "latent_channels",
+        "layers_per_block",
+        "out_channels",
+        "scaling_factor",
+        "up_block_types",
+    ),
+    "CLIPTextModel": (
+        "eos_token_id",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "projection_dim",
+    ),
 }
+NO_EFFECT = {  # fields that change nothing here, by class, and why
+    "UNet2DConditionModel": {
+        "addition_embed_type_num_heads": "of the addition_embed_type text",
+        "dropout": "of training",
+        "upcast_attention": "of a half's rounding",
+    },
+    "AutoencoderKL": {"force_upcast": "the VAE runs in float32", "sample_size": "of diffusers' tiles"},
+    "CLIPTextModel": {
+        "architectures": "a name",
+        "attention_dropout": "of training",
+        "bos_token_id": "the tokenizer's own is used",
+        "chunk_size_feed_forward": "of memory",
+        "dropout": "of training",
+        "dtype": "the dtype is asked for",
+        "id2label": "of classifiers",
+        "initializer_factor": "of training",
+        "initializer_range": "of training",
+        "label2id": "of classifiers",
+        "pad_token_id": "the tokenizer's own is used",
+        "problem_type": "of classifiers",
+        "return_dict": "of Python",
+        "torch_dtype": "the dtype is asked for",
+        "transformers_version": "a name",
+    },
+}
+END_OF_TEXT = (2, 49407)  # as old and new files name it; 2 means the largest id to transformers: the same token
+INDEX = (  # of `model_index.json`, besides the networks'
+    "feature_extractor",  # this and the image encoder work for IP-Adapters alone
+    "force_zeros_for_empty_prompt",
+    "image_encoder",
+    "requires_aesthetics_score",
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+)
+TOKENIZERS = (["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"])
+PADDING = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 Json = dict[str, Any]
 
 
@@ -97,9 +165,7 @@ def model_config(folder: Path) -> ModelConfig:
         if index.get(part) != CLASSES[part]:
             mismatch = f"expected {part} {CLASSES[part]}, found {index.get(part)}"
             raise InputError(f"{folder / FOLDER_INDEX} is no SDXL pipeline: {mismatch}")
-    scheduler = folder / SCHEDULER_CONFIG
-    if scheduler.is_file():
-        require(scheduler, read_json(scheduler), SCHEDULER)
+    check_index(folder, index)
     paths = {part: folder / part / "config.json" for part in parts}
     configs = {part: read_json(path) for part, path in paths.items()}
     try:
@@ -113,11 +179,42 @@ def model_config(folder: Path) -> ModelConfig:
     return config
 
 
-def require(path: Path, fields: Json, expected: Json) -> None:
-    """InputError where a field has another value than expected. One that is absent, or null for false, agrees."""
+def check_index(folder: Path, index: Json) -> None:
+    """InputError for what a pipeline of this folder would have that is not here: other parts, another tokenizer."""
+    path = folder / FOLDER_INDEX
+    for name, value in index.items():
+        is_known = name in CLASSES or name in INDEX or name.startswith("_")
+        if not is_known and value not in (None, False, [None, None]):
+            raise InputError(f"{path}: {name} {value!r} is not understood: this opens SDXL's base and refiner alone")
+    is_refiner = index.get("text_encoder") in (None, [None, None])
+    scored = index.get("requires_aesthetics_score", is_refiner)
+    if scored != is_refiner:
+        kind = "refiner has" if is_refiner else "base has no"
+        raise InputError(f"{path}: requires_aesthetics_score is {scored}, but an SDXL {kind} aesthetic score")
+    for name, token in PADDING.items():
+        if index.get(name) in (None, [None, None]):
+            continue
+        if index[name] not in TOKENIZERS:
+            raise InputError(f"{path}: expected {name} of CLIP's, found {index[name]}")
+        settings = folder / name / "tokenizer_config.json"
+        found = read_json(settings).get("pad_token", token) if settings.is_file() else token
+        found = found.get("content") if isinstance(found, dict) else found
+        if found != token:
+            raise InputError(f"{settings}: expected the pad_token {token!r}, found {found!r}")
+
+
+def require(path: Path, fields: Json, expected: Json, name: str) -> None:
+    """InputError where a field of a class has another value than expected, or is unknown.
+
+    One that is absent, or null for false, agrees.
+    """
     for key, value in expected.items():
         if (fields.get(key, value) or None) != (value or None):
             raise InputError(f"{path} is not SDXL's: expected {key} {value!r}, found {fields[key]!r}")
+    for key, value in fields.items():
+        is_known = key in expected or key in SIZES[name] or key in NO_EFFECT[name] or key.startswith("_")
+        if not is_known and value not in (None, False, [], {}, ""):
+            raise InputError(f"{path}: the field {key} {value!r:.60} is not understood")
 
 
 def unet_config(path: Path, c: Json) -> UNetConfig:
@@ -130,7 +227,7 @@ def unet_config(path: Path, c: Json) -> UNetConfig:
     kinds = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in crossed]
     expected = UNET | {"attention_head_dim": [width // channels for width in widths], "down_block_types": kinds}
     expected["up_block_types"] = [kind.replace("Down", "Up") for kind in reversed(kinds)]
-    require(path, c | {"attention_head_dim": heads}, expected)
+    require(path, c | {"attention_head_dim": heads}, expected, "UNet2DConditionModel")
     depth = c["transformer_layers_per_block"]
     return UNetConfig(
         in_channels=c["in_channels"],
@@ -151,7 +248,7 @@ def vae_config(path: Path, c: Json) -> VAEConfig:
     widths = c["block_out_channels"]
     levels = len(widths)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    require(path, c, VAE | kinds)
+    require(path, c, VAE | kinds, "AutoencoderKL")
     return VAEConfig(
         ch=widths[0],
         ch_mult=tuple(width // widths[0] for width in widths),
@@ -166,7 +263,9 @@ def vae_config(path: Path, c: Json) -> VAEConfig:
 
 def text_config(path: Path, c: Json) -> TextEncoderConfig:
     """transformers' `CLIPTextConfig` -> ours."""
-    require(path, c, TEXT | {"intermediate_size": 4 * c["hidden_size"]})
+    require(path, c, TEXT | {"intermediate_size": 4 * c["hidden_size"]}, "CLIPTextModel")
+    if c.get("eos_token_id", END_OF_TEXT[0]) not in END_OF_TEXT:
+        raise InputError(f"{path} is not SDXL's: expected eos_token_id 2 or 49407, found {c['eos_token_id']!r}")
     return TextEncoderConfig(
         width=c["hidden_size"],
         heads=c["num_attention_heads"],

@@ -56,7 +56,8 @@ def with_vae(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     kept = {key: source for key, source in sources_of(checkpoint).items() if not key.startswith(prefix)}
     sources = kept | {prefix + key: source for key, source in vae_sources(stored, config, path).items()}
     shapes = {key: source.shape for key, source in sources.items()}
-    return WithVAE(checkpoint.path, config, shapes, checkpoint.metadata, checkpoint.note, sources, checkpoint)
+    known = (checkpoint.metadata, checkpoint.note, checkpoint.defaults)
+    return WithVAE(checkpoint.path, config, shapes, *known, sources, checkpoint)
 
 
 def read_vae(path: Path) -> tuple[dict[str, Stored], VAEConfig | None]:

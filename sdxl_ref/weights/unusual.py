@@ -67,7 +67,7 @@ def open_unusual(
     note = "; ".join(notes)
     if all(source.rule is None and source.tensors[0].name == key for key, source in sources.items()):
         return Checkpoint(path, config, shapes, metadata, note)
-    return Folder(path, config, shapes, metadata, note, sources)
+    return Folder(path, config, shapes, metadata, note, sources=sources)
 
 
 def without_prefix(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:

@@ -1,0 +1,227 @@
+"""The settings of a folder's scheduler: the picture is the one that diffusers makes of the folder, or a refusal."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers import KarrasDiffusionSchedulers
+
+from sdxl_ref.config import InputError
+from sdxl_ref.pipelines import TextToImagePipeline
+from sdxl_ref.weights.folder_scheduler import OF_NO_EFFECT, SCHEDULERS, TRAINING, read_scheduler
+from weights_convert.convert import convert
+
+LEVEL = 1  # of 255: a value that lies between two levels may be rounded either way
+OFFICIAL = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "interpolation_type": "linear",
+    "sample_max_value": 1.0,
+}
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_base_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as our conversion writes it."""
+    folder = tmp_path_factory.mktemp("folders") / "plain"
+    convert(tiny_base_file, folder, "diffusers")
+    return folder
+
+
+@pytest.fixture
+def edited(plain: Path, tmp_path: Path) -> Any:
+    """The folder with another scheduler, and other entries of its index."""
+
+    def edit(scheduler: str = "EulerDiscreteScheduler", index: dict[str, Any] | None = None, **settings: Any) -> Path:
+        folder = tmp_path / "edited"
+        shutil.copytree(plain, folder, dirs_exist_ok=True)
+        config = OFFICIAL | settings
+        if scheduler in SCHEDULERS and "algorithm_type" not in settings:  # one that diffusers itself can make here
+            config = dict(getattr(diffusers, scheduler).from_config(config).config)
+        path = folder / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(config | {"_class_name": scheduler}))
+        entries = json.loads((folder / "model_index.json").read_text())
+        entries |= {"scheduler": ["diffusers", scheduler], **(index or {})}
+        (folder / "model_index.json").write_text(json.dumps(entries))
+        return folder
+
+    return edit
+
+
+def picture(pipeline: Any, **arguments: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 64, "num_inference_steps": 6, "output_type": "np"} | arguments
+    pixels = pipeline("a red circle", generator=torch.Generator().manual_seed(0), **call).images[0]
+    return np.rint(255 * np.asarray(pixels))
+
+
+def theirs(folder: Path) -> Any:
+    return diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def difference(folder: Path, **arguments: Any) -> float:
+    """The largest difference of the two pictures of a folder, in levels of 255."""
+    own = TextToImagePipeline.from_pretrained(folder)
+    return float(np.abs(picture(own, **arguments) - picture(theirs(folder), **arguments)).max())
+
+
+SETTINGS = [  # each honoured alone: index and scheduler settings
+    ("EulerDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}),
+    ("EulerDiscreteScheduler", {"steps_offset": 0}),
+    ("EulerDiscreteScheduler", {"steps_offset": 7}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("LMSDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("DDIMScheduler", {"set_alpha_to_one": True}),
+    ("DDIMScheduler", {"timestep_spacing": "trailing"}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}),
+    ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"use_beta_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+    ("UniPCMultistepScheduler", {"timestep_spacing": "linspace"}),
+]
+REFUSED = [
+    ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "expected interpolation_type 'linear'"),
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "expected timestep_type 'discrete'"),
+    ("EulerDiscreteScheduler", {"sigma_max": 20.0}, "expected sigma_max None"),
+    ("DDIMScheduler", {"clip_sample": True}, "expected clip_sample False"),
+    ("DDIMScheduler", {"thresholding": True}, "expected thresholding False"),
+    ("DDIMScheduler", {"timestep_spacing": "linspace"}, "steps between levels that it does not visit"),
+    ("DDPMScheduler", {"variance_type": "fixed_large"}, "expected variance_type 'fixed_small'"),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}, "expected solver_order 2"),
+    ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "expected solver_type 'midpoint'"),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver"}, "expected algorithm_type"),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, "final_sigmas_type sigma_min is not to be had"),
+    ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "expected use_lu_lambdas False"),
+    ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "expected solver_type 'bh2'"),
+]
+TRAINED_OTHERWISE = [
+    ({"rescale_betas_zero_snr": True}, "expected rescale_betas_zero_snr False"),
+    ({"beta_schedule": "linear"}, "expected beta_schedule 'scaled_linear'"),
+    ({"prediction_type": "sample"}, "expected prediction_type epsilon or v_prediction"),
+    ({"num_train_timesteps": 500}, "expected num_train_timesteps 1000"),
+]
+
+
+@pytest.mark.parametrize("scheduler", [member.name for member in KarrasDiffusionSchedulers])
+def test_every_scheduler_of_diffusers_for_sdxl(scheduler: str, edited: Any) -> None:
+    folder = edited(scheduler)
+    if scheduler in SCHEDULERS:
+        assert difference(folder) <= LEVEL
+    else:
+        with pytest.raises(InputError, match=f"the scheduler {scheduler} has no sampler here"):
+            picture(TextToImagePipeline.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(("scheduler", "settings"), SETTINGS, ids=str)
+def test_settings_are_honoured(scheduler: str, settings: dict[str, Any], edited: Any) -> None:
+    folder = edited(scheduler, **settings)
+    assert difference(folder) <= LEVEL
+
+
+@pytest.mark.parametrize(("scheduler", "settings", "message"), REFUSED, ids=str)
+def test_what_is_not_computed_is_refused_by_name(
+    scheduler: str, settings: dict[str, Any], message: str, edited: Any
+) -> None:
+    pipe = TextToImagePipeline.from_pretrained(edited(scheduler, **settings))
+    with pytest.raises(InputError, match=message):
+        picture(pipe)
+    with pytest.raises(InputError, match="name the sampler and the spacing to use in its place"):
+        picture(pipe, sampler="euler")
+    assert np.isfinite(picture(pipe, sampler="euler", spacing="leading")).all()
+
+
+@pytest.mark.parametrize(("settings", "message"), TRAINED_OTHERWISE, ids=str)
+def test_another_training_schedule_is_refused(settings: dict[str, Any], message: str, edited: Any) -> None:
+    folder = edited()
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(InputError, match=message):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+IGNORED = [  # settings without which the picture is another one by more than a level
+    ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("EulerDiscreteScheduler", {"steps_offset": 7}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "settings"), IGNORED, ids=str)
+def test_ignoring_them_would_be_seen(scheduler: str, settings: dict[str, Any], edited: Any, plain: Path) -> None:
+    own = picture(TextToImagePipeline.from_pretrained(edited(scheduler, **settings)))
+    assert np.abs(own - picture(TextToImagePipeline.from_pretrained(plain))).max() > LEVEL
+
+
+def test_the_empty_prompt_on_the_negative_side(edited: Any) -> None:
+    folder = edited(index={"force_zeros_for_empty_prompt": False})
+    assert difference(folder) <= LEVEL
+    assert difference(folder, negative_prompt="blue") <= LEVEL
+
+
+def test_an_explicit_argument_wins(edited: Any, plain: Path) -> None:
+    folder = edited("DPMSolverMultistepScheduler", use_karras_sigmas=True)
+    pipe = TextToImagePipeline.from_pretrained(folder)
+    own = pipe.plan(pipe.request(prompt="", num_inference_steps=6))
+    assert "sampler dpmpp_2m" in str(own)
+    assert "karras sigmas (DPMSolverMultistepScheduler)" in str(own)
+    named = {"sampler": "euler", "spacing": "leading", "karras": False}
+    request = pipe.request(prompt="", num_inference_steps=6, **named)
+    assert "the model's own" not in str(pipe.plan(request))
+    without = pipe.plan(pipe.request(prompt="", num_inference_steps=6, karras=False))
+    assert not torch.equal(own.grid.sigmas, without.grid.sigmas)
+
+
+def test_a_scheduler_cannot_be_set(plain: Path) -> None:
+    pipe = TextToImagePipeline.from_pretrained(plain)
+    with pytest.raises(AttributeError, match="sampler=, spacing=, karras="):
+        pipe.scheduler = diffusers.EulerDiscreteScheduler()
+    with pytest.raises(AttributeError, match="sampler=, spacing=, karras="):
+        print(pipe.scheduler)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_setting_of_a_class_is_in_the_table(name: str) -> None:
+    """A new one of diffusers' is noticed; and each has the class's own default where the file leaves it out."""
+    signature = inspect.signature(getattr(diffusers, name).__init__).parameters
+    defaults = {key: parameter.default for key, parameter in signature.items() if key != "self"}
+    scheduler = SCHEDULERS[name]
+    table = {**scheduler.honoured, **{key: own for key, (_, own) in (TRAINING | dict(scheduler.needs)).items()}}
+    table["prediction_type"] = "epsilon"
+    assert set(defaults) <= {*table, *OF_NO_EFFECT}
+    for key, default in defaults.items():
+        if key in table and not (name == "HeunDiscreteScheduler" and key in ("beta_start", "beta_end")):
+            assert (table[key] or None) == (default or None), key
+
+
+def test_a_setting_that_nobody_knows_is_refused(edited: Any) -> None:
+    folder = edited()
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_setting": 3, "_name": "x", "unused": None}))
+    _, defaults = read_scheduler(folder)
+    assert "the setting new_setting 3 is not understood" in defaults.refusal
