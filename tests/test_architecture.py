@@ -37,6 +37,8 @@ OPTIONAL = {
     "huggingface_hub.errors",
     "imwatermark",
     "matplotlib",
+    "scipy",
+    "scipy.stats",
 }  # heavy, or not everywhere
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {  # kinds of checkpoint
@@ -59,11 +61,15 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
         "adapters.active",
         "pictures.watermark",
         "pipelines.recording",
+        "pipelines.steering",
         "text.markup",
         "weights.offload",
     },
     "pipelines.image_to_image": {"pictures.arrays"},  # what it may be handed
-    "pipelines.request": {"diffusion.sampler_names"},  # of other tools
+    "pipelines.request": {  # other tools' names; how a model's files say that it is run
+        "diffusion.sampler_names",
+        "pipelines.own_settings",
+    },
     "pictures.images": {"pictures.address", "pictures.colours"},  # kinds of pictures
     "pipelines.recording": {"pictures.watermark"},
 }

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,21 +49,6 @@ class Grid:
         return int((self.sigmas[:-1] >= sigma).sum())
 
 
-class Spacing(Protocol):
-    """A spacing that has no name here: how a scheduler of a folder makes its levels."""
-
-    @property
-    def karras(self) -> bool: ...
-
-    def grid(self, steps: int) -> Grid: ...
-
-    def initial_scale(self, first: float) -> float:
-        """What unit noise is multiplied by where a run starts at this level."""
-
-    def changed(self, spacing: str | None, karras: bool | None) -> "str | Spacing":
-        """The same with a spacing or Karras' sigmas asked for."""
-
-
 class NoiseSchedule:
     """The noise level of every training step; `.sigmas` (1000,) float32, ascending, computed in float64."""
 
@@ -98,8 +83,11 @@ class NoiseSchedule:
             raise InputError(f'"leading" with {steps} steps leaves the {TRAIN_STEPS} training steps: use "trailing"')
         return t
 
-    def grid(self, steps: int, spacing: "str | Spacing" = "leading", karras: bool = False) -> Grid:
-        """The levels that a run steps along, each with its training step. See `timesteps` and `discretize`."""
+    def grid(self, steps: int, spacing: Any = "leading", karras: bool = False) -> Grid:
+        """The levels that a run steps along, each with its training step. See `timesteps` and `discretize`.
+
+        `spacing` may also be an object that makes them: `scheduler_levels.SchedulerLevels`.
+        """
         if not isinstance(spacing, str):
             return spacing.grid(steps)
         t = self.timesteps(steps, spacing)
@@ -138,7 +126,7 @@ class NoiseSchedule:
         t = round(TRAIN_STEPS * (1 - Fraction(str(share))))
         return float(self.sigmas[t]) if t < TRAIN_STEPS else math.inf
 
-    def initial_scale(self, sigmas: Tensor, spacing: "str | Spacing", sampler: str = "euler") -> float:
+    def initial_scale(self, sigmas: Tensor, spacing: Any, sampler: str = "euler") -> float:
         """What unit noise is multiplied by at the start of text-to-image, for levels (n+1,).
 
         sqrt(1 + sigma^2) at the first level; sigma itself for "trailing" and "linspace", as diffusers' Euler has it,

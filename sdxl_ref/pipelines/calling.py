@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from sdxl_ref.adapters.active import Adapters
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
-NO_SCHEDULER = (
-    "there is no scheduler object: the call takes sampler=, spacing=, karras=, eta= and s_noise= instead, "
-    "and uses a folder's own scheduler settings where these are left out"
-)
 Steps = Generator[Step, None, Tensor]  # returns pictures (b,3,H,W) in [0,1], or latents (b,4,h,w)
 
 
@@ -83,7 +79,7 @@ class CallablePipeline:
             if watermark and i == 0:  # not after the whole run
                 watermarks().check(MULTIPLE * step.x.shape[3], MULTIPLE * step.x.shape[2])
             if callback_on_step_end is not None:
-                steer(step, callback_on_step_end(self, i, float(step.sigma), {"latents": step.x}))
+                steering().steer(step, callback_on_step_end(self, i, float(step.sigma), {"latents": step.x}))
 
         settings = recording().settings(self, request, watermark) if request.output_type == "pil" else {}
         result = self.run(request, on_step)
@@ -146,14 +142,11 @@ class CallablePipeline:
 
         model_cpu_offload(self.models(), device)
 
-    @property
-    def scheduler(self) -> Any:
-        """There is none to be set: how a run steps is said by its arguments."""
-        raise AttributeError(NO_SCHEDULER)
+    def _no_scheduler(self, *_: Any) -> Any:
+        """How a run steps is said by its arguments, or by a folder's scheduler settings where these are left out."""
+        raise AttributeError("there is no scheduler object: the call takes sampler=, spacing=, karras=, eta=, s_noise=")
 
-    @scheduler.setter
-    def scheduler(self, value: Any) -> None:
-        raise AttributeError(NO_SCHEDULER)
+    scheduler = property(_no_scheduler, _no_scheduler)
 
     @property
     def adapters(self) -> "Adapters":
@@ -183,15 +176,11 @@ class CallablePipeline:
         self.adapters.unload()
 
 
-def steer(step: Step, changes: Any) -> None:
-    """Go on from the latents that a callback returned. InputError unless it returned nothing, or these alone."""
-    if changes is None or changes == {}:
-        return
-    latents = changes.get("latents") if isinstance(changes, dict) and len(changes) == 1 else None
-    if not isinstance(latents, Tensor) or latents.shape != step.x.shape:
-        expected = f'nothing or {{"latents": a tensor {tuple(step.x.shape)}}}'
-        raise InputError(f"expected callback_on_step_end to return {expected}, found {changes!r:.60}")
-    step.x.copy_(latents)
+def steering() -> Any:
+    """The module of callbacks, imported when there is one."""
+    from sdxl_ref.pipelines import steering
+
+    return steering
 
 
 def watermarks() -> Any:

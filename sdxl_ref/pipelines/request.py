@@ -98,27 +98,14 @@ class Request:
 
     def completed(self: Self, defaults: Defaults) -> Self:
         """With a model's own way of running where this says nothing. InputError where that cannot be had here."""
-        if defaults.refusal and None in (self.sampler, self.spacing):
-            raise InputError(f"{defaults.refusal}: name the sampler and the spacing to use in its place")
-        spacing = self.spacing
-        karras = self.karras
-        if isinstance(defaults.spacing, str):
-            spacing = defaults.spacing if spacing is None else spacing
-            karras = defaults.karras if karras is None else karras
-        elif spacing is None or isinstance(spacing, str):
-            spacing = defaults.spacing.changed(spacing, karras)
-        if not isinstance(spacing, str):
-            karras = spacing.karras
-        return replace(self, sampler=self.sampler or defaults.sampler, spacing=spacing, karras=bool(karras))
+        if defaults != SDXL:
+            return own_settings().completed(self, defaults)
+        spacing = SDXL.spacing if self.spacing is None else self.spacing
+        return replace(self, sampler=self.sampler or SDXL.sampler, spacing=spacing, karras=bool(self.karras))
 
     def left_open(self, defaults: Defaults) -> str:
         """What the model's own settings decide, where they are not SDXL's, as a plan tells it."""
-        settings = []
-        for name in ("sampler", "spacing", "karras", "zeros"):
-            own = getattr(defaults, name)
-            if getattr(self, name, None) is None and own != getattr(SDXL, name):
-                settings.append(f"{name} {own}")
-        return f"; the model's own: {', '.join(settings)}" if settings else ""
+        return "" if defaults == SDXL else own_settings().left_open(self, defaults)
 
     def sampler_options(self) -> dict[str, float]:
         """The options of the sampler that are not its own defaults."""
@@ -134,6 +121,13 @@ class Request:
     def prompts(self) -> int:
         """How many prompts there are."""
         return 1 if isinstance(self.prompt, str) else len(self.prompt)
+
+
+def own_settings() -> Any:
+    """The module of models that are run in a way of their own, imported for one."""
+    from sdxl_ref.pipelines import own_settings
+
+    return own_settings
 
 
 def check_texts(name: str, texts: Any) -> None:

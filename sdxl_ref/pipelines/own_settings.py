@@ -1,0 +1,32 @@
+"""A request to a model whose folder says how it is run. Loaded for such a model."""
+
+from dataclasses import replace
+from typing import Any
+
+from sdxl_ref.config import SDXL, Defaults, InputError
+
+
+def completed(request: Any, defaults: Defaults) -> Any:
+    """With the model's settings where the request says nothing. InputError where they cannot be had here."""
+    if defaults.refusal and None in (request.sampler, request.spacing):
+        raise InputError(f"{defaults.refusal}: name the sampler and the spacing to use in its place")
+    spacing = request.spacing
+    karras = request.karras
+    if isinstance(defaults.spacing, str):
+        spacing = defaults.spacing if spacing is None else spacing
+        karras = defaults.karras if karras is None else karras
+    elif spacing is None or isinstance(spacing, str):
+        spacing = defaults.spacing.changed(spacing, karras)
+    if not isinstance(spacing, str):
+        karras = spacing.karras
+    return replace(request, sampler=request.sampler or defaults.sampler, spacing=spacing, karras=bool(karras))
+
+
+def left_open(request: Any, defaults: Defaults) -> str:
+    """What the settings decide, where they are not SDXL's, as a plan tells it."""
+    settings = []
+    for name in ("sampler", "spacing", "karras", "zeros"):
+        own = getattr(defaults, name)
+        if getattr(request, name, None) is None and own != getattr(SDXL, name):
+            settings.append(f"{name} {own}")
+    return f"; the model's own: {', '.join(settings)}" if settings else ""
