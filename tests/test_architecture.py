@@ -65,7 +65,6 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
     "pipelines.image_to_image": {"pictures.arrays"},  # what it may be handed
     "pipelines.request": {"diffusion.sampler_names"},  # of other tools
     "pictures.images": {"pictures.address", "pictures.colours"},  # kinds of pictures
-    "pipelines.recording": {"pictures.watermark"},
 }
 LONGEST_FILE = 350  # lines
 LONGEST_FUNCTION = 60
