@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 
+SIDE = 128  # pixels of the pictures that they paint and learn from; else minutes
 LINE = {"file_name": "cup.png", "text": "a cup of coffee in the style of sks", "aesthetic_score": 6.5}
 
 
@@ -19,8 +21,9 @@ def write(folder: Path) -> None:
     """Both checkpoints, and a folder of training pictures."""
     refiner = {"unet": peers.small_unet(), "vae": peers.small_vae(), "text_encoder_2": peers.small_openclip()}
     base = refiner | {"unet": peers.small_unet(peers.SMALL_BASE.unet), "text_encoder": peers.small_clip()}
-    save_checkpoint(folder / "sd_xl_refiner_1.0.safetensors", peers.SMALL_REFINER, refiner, torch.float16)
-    save_checkpoint(folder / "sd_xl_base_1.0.safetensors", peers.SMALL_BASE, base, torch.float16)
+    for kind, config, networks in (("refiner", peers.SMALL_REFINER, refiner), ("base", peers.SMALL_BASE, base)):
+        small = replace(config, resolution=SIDE)
+        save_checkpoint(folder / f"sd_xl_{kind}_1.0.safetensors", small, networks, torch.float16)
     (folder / "pictures").mkdir(exist_ok=True)
     with Image.open(str(files("sdxl_ref") / "data" / "photo.jpg")) as photo:
         photo.resize((72, 64)).save(folder / "pictures" / "cup.png")

@@ -71,7 +71,6 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
         "pipelines.own_settings",
     },
     "pictures.images": {"pictures.address", "pictures.colours"},  # kinds of pictures
-    "pipelines.recording": {"pictures.watermark"},
 }
 LONGEST_FILE = 350  # lines
 LONGEST_FUNCTION = 60

@@ -14,7 +14,7 @@ import weights_convert.cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = {"sdxl-ref": sdxl_ref.cli.main, "weights-convert": weights_convert.cli.main}
-SMALL = {"generate": ["--height", "64", "--width", "64"], "train": ["--steps", "2"]}  # else minutes
+FEW = {"train": ["--steps", "2"]}  # else minutes
 FEW_STEPS = ["--steps", "4"]
 
 
@@ -44,7 +44,7 @@ def test_python(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As they stand, one after the other; what makes new pictures of official models at a small size."""
+    """As they stand, one after the other, on the small models."""
     lines = [line for block in blocks("sh|shell") for line in block.splitlines()]
     runnable = [line for line in lines if line.startswith(tuple(COMMANDS))]
     assert len(runnable) >= 15
@@ -52,7 +52,7 @@ def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         program, command, *options = shlex.split(line, comments=True)
         if command == "fetch":  # tests/pipelines has a hub
             continue
-        smaller = FEW_STEPS if "pocket" in line and command == "generate" else SMALL.get(command, [])
+        smaller = FEW_STEPS if "pocket" in line and command == "generate" else FEW.get(command, [])
         assert COMMANDS[program]([command, *options, *smaller]) == 0, line
     [promised] = re.findall(r"^plan: base .*", README, re.MULTILINE)
     assert promised in capsys.readouterr().out

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.folder import EXTRAS_FILE
-from sdxl_ref.weights.folder_saving import MEANWHILE, new_folder, replacing_folder
+from sdxl_ref.weights.folder_saving import MEANWHILE, new_folder, put_new, replacing_folder
 from sdxl_ref.weights.leftovers import clear
 from sdxl_ref.weights.saving import make_permanent, replacing
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
@@ -91,14 +91,12 @@ def writing_file(target: Path, force: bool) -> AbstractContextManager[Path]:
 
 
 def put_new_file(new: Path, target: Path, rights: int) -> None:
-    """Give a whole file its name in one step, where that is free: a link is never made onto something."""
+    """Give a whole file its name in one step. InputError where something has come there meanwhile."""
     make_permanent(new, rights)
     try:
-        os.link(new, target)
-    except OSError as error:
-        if os.path.lexists(target):
-            raise InputError(MEANWHILE.format(target=target)) from error
-        new.rename(target)  # a file system without links
+        put_new(new, target)
+    except FileExistsError as error:
+        raise InputError(MEANWHILE.format(target=target)) from error
 
 
 # --- folders --------------------------------------------------------------------------------------------------------

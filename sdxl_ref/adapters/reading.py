@@ -70,10 +70,7 @@ def texts_of(file: Path) -> dict[str, str]:
     texts = read_metadata(file)
     beside = file.with_name(CONFIG_FILE)
     if beside.is_file():
-        try:
-            texts[CONFIG_FILE] = read_text(beside)
-        except (OSError, ValueError) as error:
-            raise InputError(f"could not read {beside}: {error}") from error
+        texts[CONFIG_FILE] = read_text(beside)
     return texts
 
 

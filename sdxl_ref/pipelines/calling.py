@@ -85,7 +85,10 @@ class CallablePipeline:
         result = self.run(request, on_step)
         if request.output_type == "np":
             return PipelineOutput(result.cpu().permute(0, 2, 3, 1).numpy())  # (b,3,h,w) -> (b,h,w,3)
-        return PipelineOutput(recording().pictures(result, settings) if request.output_type == "pil" else result)
+        if request.output_type != "pil":
+            return PipelineOutput(result)
+        embed = watermarks().embed if watermark else None
+        return PipelineOutput(recording().pictures(result, settings, embed))
 
     def plan(self, request: Any) -> Any:
         """What will run, known before anything does. InputError where nothing would."""

@@ -9,7 +9,7 @@ Pictures and latents that went in, functions around the denoiser and replaced ne
 checkpoint its name alone: its hash would take reading the whole file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -22,6 +22,7 @@ from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.settings import texts
 from sdxl_ref.pipelines.request import Request
 
+Embed = Callable[[Image.Image], Image.Image]
 NOT_RECORDED = ("image", "latents", "generator", "output_type")
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
@@ -40,11 +41,14 @@ def settings(pipe: Any, request: Request, watermark: bool) -> dict[str, Any]:
     return recorded | {"versions": {"sdxl_ref": __version__, "torch": torch.__version__}}
 
 
-def pictures(images: Tensor, recorded: Mapping[str, Any]) -> list[Image.Image]:
-    """(b,3,H,W) in [0, 1] -> pictures, each with the settings of the run, its own prompt and its own seed."""
+def pictures(images: Tensor, recorded: Mapping[str, Any], embed: Embed | None) -> list[Image.Image]:
+    """(b,3,H,W) in [0, 1] -> pictures, each with the settings of the run, its own prompt and its own seed.
+
+    `embed` puts a watermark into a picture.
+    """
     results = from_tensor(images)
-    if recorded["watermark"]:
-        results = [watermarks().embed(picture) for picture in results]
+    if embed is not None:
+        results = [embed(picture) for picture in results]
     count = len(results)
     for i, picture in enumerate(results):
         own = {name: one_of(recorded.get(name), i, count) for name in (*PROMPTS, "seed")}
@@ -53,13 +57,6 @@ def pictures(images: Tensor, recorded: Mapping[str, Any]) -> list[Image.Image]:
             own |= {"images": count, "number": i}
         picture.info.update(texts({**recorded, **own}))
     return results
-
-
-def watermarks() -> Any:
-    """The module of the watermark, imported when one is asked for."""
-    from sdxl_ref.pictures import watermark
-
-    return watermark
 
 
 def one_of(values: Any, i: int, count: int) -> Any:

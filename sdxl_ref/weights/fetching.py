@@ -1,6 +1,5 @@
 """Official files from the hub: downloaded beside, checked by their hash, then renamed; nothing there is replaced."""
 
-import errno
 import itertools
 import os
 import re
@@ -10,6 +9,7 @@ from typing import Any
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import KNOWN_FILES
+from sdxl_ref.weights.folder_saving import put_new
 from sdxl_ref.weights.hub import with_one_error
 from sdxl_ref.weights.locking import locked
 from sdxl_ref.weights.saving import PREFIX, explained, sync
@@ -89,17 +89,3 @@ def keep_refused(file: Path, target: Path) -> Path:
             continue
         break
     return refused
-
-
-def put_new(new: Path, target: Path) -> None:
-    """Give a file its name in one step. FileExistsError where something has it, which stays."""
-    try:
-        os.link(new, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        new.rename(target)
-    else:
-        new.unlink()

@@ -1,6 +1,10 @@
-"""Write folders so that nothing is ever half written: beside the target first, then exchanged with what was there."""
+"""Write folders so that nothing is ever half written: beside the target first, then exchanged with what was there.
+
+And give files and folders names that have to be free: what has come there meanwhile stays.
+"""
 
 import ctypes
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -55,6 +59,20 @@ def put_new_folder(new: Path, target: Path, rights: int) -> None:
         if os.path.lexists(target):
             raise InputError(MEANWHILE.format(target=target)) from error
         raise
+
+
+def put_new(new: Path, target: Path) -> None:
+    """Give a file its name in one step. FileExistsError where something has it, which stays."""
+    try:
+        os.link(new, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        new.rename(target)
+    else:
+        new.unlink()
 
 
 def make_all_permanent(folder: Path, rights: int) -> None:

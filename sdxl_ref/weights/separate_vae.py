@@ -11,17 +11,16 @@ from pathlib import Path
 from sdxl_ref.config import InputError, ModelConfig, VAEConfig
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, build_empty, prefixes
 from sdxl_ref.weights.fitting import by_sides, require_fit
-from sdxl_ref.weights.folder import Folder, Source, Stored, part_tensors, sources_of, stored_in
+from sdxl_ref.weights.folder import Folder, Source, Stored, name_in_file, part_tensors, sources_of, stored_in
 from sdxl_ref.weights.folder_config import read_json
 from sdxl_ref.weights.folder_config import vae_config as config_of_json
 from sdxl_ref.weights.identify import vae_config as config_of_shapes
-from sdxl_ref.weights.layouts import Rule, rules
+from sdxl_ref.weights.layouts import Rule, rules, vae_to_official
 from sdxl_ref.weights.names import find_file
 from sdxl_ref.weights.strangers import kind_of
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX, read_metadata, sha256_of
 
 PREFIXES = ("", "first_stage_model.", "vae.", "model.first_stage_model.", "module.")  # before official names
-OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # diffusers' before 0.15
 FIRST = "encoder.conv_in.weight"
 EXPECTED = "expected an SDXL autoencoder, in official or diffusers' names"
 State = Mapping[str, Stored]
@@ -86,7 +85,7 @@ def vae_config(stored: State, own: VAEConfig | None, model: ModelConfig, path: P
         kind = kind_of({name: tensor.header.shape for name, tensor in stored.items()})
         raise InputError(f"{path} is {kind.what if kind else 'no autoencoder'}: {EXPECTED}")
     try:
-        sizes = config_of_shapes({official_name(name): tensor.header.shape for name, tensor in names.items()})
+        sizes = config_of_shapes(vae_to_official({name: tensor.header.shape for name, tensor in names.items()}))
     except (KeyError, IndexError, ZeroDivisionError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no whole autoencoder ({error!r}): {EXPECTED}") from error
     return replace(sizes, scale_factor=model.vae.scale_factor)
@@ -98,13 +97,6 @@ def without_prefix(stored: State) -> dict[str, Stored]:
     return {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
 
 
-def official_name(name: str) -> str:
-    """The official name of the few tensors that tell the sizes, from diffusers'; their levels need not be in order."""
-    for theirs, ours in (("down_blocks.", "down."), ("up_blocks.", "up."), (".resnets.", ".block.")):
-        name = name.replace(theirs, ours)
-    return name
-
-
 def vae_sources(stored: State, config: ModelConfig, path: Path) -> dict[str, Source]:
     """Where each tensor of the autoencoder lies, by its name without the official prefix.
 
@@ -114,8 +106,8 @@ def vae_sources(stored: State, config: ModelConfig, path: Path) -> dict[str, Sou
     state = build_empty("vae", config).state_dict()
     sources = {}
     for rule in rules("vae", state, config.vae):
-        spellings = (rule.official, rule.other[0], old_name(rule.other[0]))
-        tensor = next((names[spelling] for spelling in spellings if spelling in names), None)
+        name = rule.official if rule.official in names else name_in_file(rule.other[0], names)
+        tensor = names.get(name)
         expected = tuple(state[rule.official].shape)
         if tensor is None:
             raise InputError(f"{path} lacks {rule.official} of an autoencoder: {EXPECTED}")
@@ -125,10 +117,3 @@ def vae_sources(stored: State, config: ModelConfig, path: Path) -> dict[str, Sou
             raise InputError(f"{path}: {tensor.name} is {found}: expected {by_sides(expected)} in floating point")
         sources[rule.official] = source
     return sources
-
-
-def old_name(name: str) -> str:
-    """What diffusers called a tensor of the attention before version 0.15."""
-    for new, old in OLD_NAMES.items():
-        name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
-    return name

@@ -10,6 +10,7 @@ import peers
 import pytest
 import torch
 from adapter_files import CONFIGS, TOWER, UNET, pipeline, random_file, same, unet_inputs, weights
+from cases import diagonal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def as_peft(file: Path, config: ModelConfig) -> dict[str, Tensor]:
     return writing.tensors(lora.load(file, config), config, "peft")
 
 
-@pytest.mark.parametrize("numbers", [(0.7, 0.3), (1.0, 0.0), (-0.5, 2.0)])
+@pytest.mark.parametrize(("kind", "numbers"), diagonal([*CONFIGS], [(0.7, 0.3), (1.0, 0.0), (-0.5, 2.0)]))
 def test_two_weighted_adapters_give_what_diffusers_gives(
     kind: str, numbers: tuple[float, float], tmp_path: Path
 ) -> None:

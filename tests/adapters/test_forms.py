@@ -10,6 +10,7 @@ import peers
 import pytest
 import torch
 from adapter_files import CONFIGS
+from cases import diagonal
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -158,9 +159,7 @@ def test_a_form_is_added_as_one_file(tmp_path: Path) -> None:
     assert no_lora.endswith(f"is no LoRA in nobody's, {', '.join(whose)} or official names: found x")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("kind", "form", "dtype"), diagonal([*CONFIGS], [*FORMS], [torch.float32, torch.float16]))
 def test_an_adapter_on_everything_comes_back(kind: str, form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     config = CONFIGS[kind]
     adapter = on_everything(config, dtype)

@@ -7,6 +7,7 @@ import peers
 import pytest
 import torch
 from adapter_files import CONFIGS, kohya, networks, peft_state, put_on, random_file, unet_inputs, with_peft
+from cases import diagonal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,9 +22,10 @@ CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "conv_
 TEXT = ["q_proj", "v_proj", "out_proj", "fc1", "text_projection"]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("convolutions", [False, True], ids=["linear", "with convolutions"])
-@pytest.mark.parametrize("form", ["peft", "kohya", "kohya official", "old diffusers"])
+@pytest.mark.parametrize(
+    ("kind", "convolutions", "form"),
+    diagonal([*CONFIGS], [False, True], ["peft", "kohya", "kohya official", "old diffusers"]),
+)
 def test_unet_adapters_give_what_peft_gives_on_diffusers(
     kind: str, convolutions: bool, form: str, tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """README's commands as they stand, pasted one after the other into a fresh shell on a fresh clone (make test-readme).
 
 Blocks marked `sh` run as they are. Those marked `shell` need the official files: small models of seeded weights stand
-in for these under their names, and what makes new pictures gets a small size; the download itself is left out.
+in for these under their names, and the training takes two steps; the download itself is left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ sys.path.insert(0, 'tests')
 import stand_ins
 stand_ins.write(Path('.'))
 """
-SMALL = {"sdxl-ref generate": " --height 64 --width 64", "sdxl-ref train": " --steps 2"}
+FEW = " --steps 2"  # of training; else minutes
 
 
 def main() -> None:
@@ -25,8 +25,7 @@ def main() -> None:
     for line in blocks("shell"):
         if not line.startswith("sdxl-ref fetch"):
             command = line.partition(" #")[0]
-            sizes = next((size for start, size in SMALL.items() if line.startswith(start)), "")
-            lines.append(command.rstrip() + sizes)
+            lines.append(command.rstrip() + FEW * line.startswith("sdxl-ref train"))
     with fresh_clone() as clone:
         paste(lines, clone)
     print(f"{len(lines)} lines of README.md ran")

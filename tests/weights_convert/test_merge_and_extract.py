@@ -6,6 +6,7 @@ import peers
 import pytest
 import torch
 from adapter_files import CONFIGS, networks, outputs, put_on, random_file
+from cases import diagonal
 from safetensors.torch import load_file, save_file
 
 from sdxl_ref.adapters import lora
@@ -44,8 +45,7 @@ def test_factors_in_float8(dtype: torch.dtype, tmp_path: Path) -> None:
     assert peers.distance(factors.delta(), up.double() @ down.double()) <= 1e-6
 
 
-@pytest.mark.parametrize("form", FORMS)
-@every_kind
+@pytest.mark.parametrize(("kind", "form"), diagonal([*CONFIGS], [*FORMS]))
 def test_conversion_between_the_forms_keeps_the_change(kind: str, form: str, tmp_path: Path) -> None:
     config = CONFIGS[kind]
     source = random_file(config, tmp_path / "official.safetensors")

@@ -4,25 +4,17 @@ Source: ComfyUI's `comfy/lora.py` and `comfy_extras/nodes_lora_extract.py`: its 
 are the official ones for the UNet and transformers' for both text encoders.
 """
 
-from typing import ClassVar
-
-from sdxl_ref.adapters.form import Form, Layout, Suffixes, with_and_without_text_model
+from sdxl_ref.adapters.form import with_and_without_text_model
+from sdxl_ref.adapters.forms.kohya import Kohya
 
 TOWERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
-class ComfyUI(Form):
+class ComfyUI(Kohya):
+    """Kohya's factors, of layers under the model's own names."""
+
     name = "comfyui"
     whose = ("ComfyUI's",)
-    suffixes: ClassVar[Suffixes] = {
-        "down": ["lora_down.weight"],
-        "up": ["lora_up.weight"],
-        "mid": ["lora_mid.weight"],
-        "alpha": ["alpha"],
-    }
-
-    def layout(self, part: str) -> Layout:
-        return "official" if part == "unet" else "diffusers"
 
     def spellings(self, part: str, prefix: str, layer: str) -> list[str]:
         if part == "unet":
