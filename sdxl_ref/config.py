@@ -6,14 +6,12 @@ The field names are those of the official configuration files (Stability-AI/gene
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 PREDICTIONS = ("epsilon", "v")
 NO_SIZES = ("activation", "scale_factor")
-NUMBERS = {1: 5, 2: 6}  # text encoders -> numbers that the UNet reads besides, each embedded in 256 channels
 
 
 class InputError(ValueError):
@@ -157,52 +155,9 @@ class ModelConfig:
         if type(self.resolution) is not int or self.resolution % 8 or not 8 <= self.resolution <= 10**4:
             raise InputError(f"resolution must be a multiple of 8 up to 10000, found {self.resolution!r:.60}")
 
-    def misfit(self) -> str:
-        """What does not fit, in words; empty where each part gives what the next one reads, and reads what it is given.
-
-        A pipeline gives token ids, pictures of three channels and latents of four.
-        """
-        towers = self.text_encoders
-        if len(towers) not in NUMBERS:
-            return f"text encoders: expected one (a refiner) or two (a base), found {len(towers)}"
-        sizes: dict[str, tuple[object, object]] = {  # as found, as expected
-            "channels into and out of the UNet": ((self.unet.in_channels, self.unet.out_channels), (4, 4)),
-            "channels of the VAE": ((self.vae.embed_dim, self.vae.in_channels, self.vae.out_ch), (4, 3, 3)),
-            "width of the text context": (self.unet.context_dim, sum(tower.width for tower in towers)),
-            "width of the vector": (self.unet.adm_in_channels, towers[-1].embed_dim + 256 * NUMBERS[len(towers)]),
-            "vocabularies": ({tower.vocab_size for tower in towers}, {49408}),
-            "context lengths": ({tower.context_length for tower in towers}, {77}),
-        }
-        unlike = {what: pair for what, pair in sizes.items() if pair[0] != pair[1]}
-        return "; ".join(f"{what}: expected {right}, found {found}" for what, (found, right) in unlike.items())
-
     @property
     def kind(self) -> str:
         return "refiner" if len(self.text_encoders) == 1 else "base"
-
-    def to_json(self) -> str:
-        """What a file's metadata carries of a model; `prediction` is omitted where it is "epsilon"."""
-        fields = dataclasses.asdict(self)
-        if self.prediction == "epsilon":
-            del fields["prediction"]
-        return json.dumps(fields)
-
-    @staticmethod
-    def from_json(text: str) -> "ModelConfig":
-        """The inverse of `to_json`; raises `InputError` where the text is no such configuration."""
-        try:
-            fields = json.loads(text, object_hook=_with_tuples)
-            encoders = tuple(TextEncoderConfig(**encoder) for encoder in fields.pop("text_encoders"))
-            unet = UNetConfig(**fields.pop("unet"))
-            vae = VAEConfig(**fields.pop("vae"))
-            return ModelConfig(unet, encoders, vae, **fields)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"expected a configuration written by sdxl_ref, found {text[:60]!r} ({error})") from error
-
-
-def _with_tuples(fields: dict[str, object]) -> dict[str, object]:
-    """JSON has lists where a configuration has tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 CLIP_L = TextEncoderConfig(width=768, heads=12, layers=12, embed_dim=768, activation="quick_gelu")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, build, build_empty, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.stated_config import config_to_json
 
 OPENCLIP = TextEncoderConfig(width=64, heads=1, layers=2, embed_dim=48)
 CLIP = TextEncoderConfig(width=128, heads=2, layers=3, embed_dim=128, activation="quick_gelu")
@@ -68,7 +69,7 @@ def parts_of(config: ModelConfig) -> dict[str, nn.Module]:
 
 
 def metadata(config: ModelConfig = REFINER) -> dict[str, str]:
-    return {CONFIG_KEY: config.to_json()}
+    return {CONFIG_KEY: config_to_json(config)}
 
 
 def write(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

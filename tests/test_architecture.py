@@ -8,8 +8,13 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+import peers
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+from sdxl_ref.weights.checkpoint import prefixes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sdxl_ref"
@@ -48,13 +53,17 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
         "weights.unusual",
     },
     "weights.tensor_files": {"weights.other_files"},  # what a file is that does not open
-    "weights.checkpoint": {"networks.clip_l"},  # a part that a refiner does not have
+    "weights.checkpoint": {  # a part that a refiner does not have; what files of other sizes state
+        "networks.clip_l",
+        "weights.stated_config",
+    },
     "adapters.reading": {"adapters.kinds", "adapters.unsupported"},  # what is in a file beside the usual factors
     "commands.common": {  # what options ask for, and what lies at a target
         "commands.adapter_options",
         "commands.devices",
         "commands.kept",
         "pictures.formats",
+        "weights.file_saving",
     },
     "cli": {"commands.memory"},  # an error that may be the memory's
     "pipelines.calling": {  # what a run may ask for
@@ -186,6 +195,12 @@ def test_code_lines_are_counted_right(tmp_path: Path) -> None:
     assert code_lines(tmp_path / "module.py") == 5  # x, two of y, def, return
 
 
+OFFICIAL = """
+from sdxl_ref.weights import checkpoint
+from sdxl_ref.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+
+checkpoint.REFINER_1_0 = {config}  # a small file stands in for the official one, whose sizes it takes over
+"""
 PYTHON = """
 import torch
 from sdxl_ref import ImageToImagePipeline, load_image
@@ -209,11 +224,18 @@ print("PEERS", sorted({"open_clip", "torchvision", "transformers", "diffusers", 
 
 
 @pytest.mark.parametrize(("code", "most"), [(PYTHON, PYTHON_RUN), (COMMAND, COMMAND_RUN)], ids=["python", "command"])
-def test_the_code_lines_of_a_refiner_run(code: str, most: int, tmp_path: Path, small_refiner_file: Path) -> None:
+def test_the_code_lines_of_a_refiner_run(code: str, most: int, tmp_path: Path) -> None:
     """A measure of how much there is to read for one run, with an official file and Euler. No peer is imported."""
     photo = tmp_path / "photo.png"
     Image.new("RGB", (64, 64)).save(photo)
-    code = code.format(file=str(small_refiner_file), photo=str(photo), out=str(tmp_path / "out.png"))
+    file = tmp_path / "refiner.safetensors"  # which states no sizes, as the official one
+    parts = peers.networks(peers.SMALL_REFINER)
+    state: dict[str, torch.Tensor] = {}
+    for part, prefix in prefixes(peers.SMALL_REFINER).items():
+        state |= {prefix + key: tensor for key, tensor in parts[part].state_dict().items()}
+    save_file(state, file)
+    paths = {"file": str(file), "photo": str(photo), "out": str(tmp_path / "out.png")}
+    code = OFFICIAL.format(config=peers.SMALL_REFINER) + code.format(**paths)
     result = subprocess.run([sys.executable, "-c", code + LOADED], capture_output=True, text=True, check=True)
     files = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("LOADED")]
     counts = {module: code_lines(Path(file)) for module, file in files}

@@ -20,6 +20,7 @@ from sdxl_ref.weights.lone_parts import LonePart, find_lone_part, open_part
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import dtypes_of as dtypes_of
 from sdxl_ref.weights.report import sources_of
+from sdxl_ref.weights.stated_config import config_from_json, config_to_json
 from weights_convert import folder_files
 from weights_convert.entries import Report as Report
 from weights_convert.entries import entry as entry
@@ -143,8 +144,8 @@ def metadata_for(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
     """All that a model's metadata said, brought up to its configuration where a folder's files were edited since."""
     metadata = model_spec(checkpoint.config) | dict(checkpoint.metadata)
     said = metadata.get(CONFIG_KEY)
-    if said is not None and ModelConfig.from_json(said) != checkpoint.config:
-        metadata[CONFIG_KEY] = checkpoint.config.to_json()
+    if said is not None and config_from_json(said) != checkpoint.config:
+        metadata[CONFIG_KEY] = config_to_json(checkpoint.config)
     if prediction_of(metadata["modelspec.prediction_type"]) != checkpoint.config.prediction:
         metadata["modelspec.prediction_type"] = checkpoint.config.prediction
     if checkpoint.path.is_dir():
@@ -201,7 +202,7 @@ def model_spec(config: ModelConfig) -> dict[str, str]:
     if config.kind == "refiner":
         fields["modelspec.timestep_range"] = "0,199"
     if config not in (REFINER_1_0, BASE_1_0):
-        fields[CONFIG_KEY] = config.to_json()
+        fields[CONFIG_KEY] = config_to_json(config)
     return fields
 
 

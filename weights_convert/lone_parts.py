@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
+from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, prefixes
 from sdxl_ref.weights.folder import EXTRAS_FILE, Folder
 from sdxl_ref.weights.folder_config import read_json
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.lone_parts import PREFIX_KEY, LonePart
 from sdxl_ref.weights.report import dtypes_of, sources_of
+from sdxl_ref.weights.stated_config import config_from_json, config_to_json
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 from weights_convert.entries import Read, Report, lines_on_the_rest, part_entries, progress_bar, save
 from weights_convert.folder_files import Json, config_name, part_config, weights_name, write_json
@@ -91,8 +92,8 @@ def part_to_file(part: Part, target: Path, force: bool, report: Report) -> None:
     metadata = {"format": "pt"} | dict(part.checkpoint.metadata)
     metadata.pop(PREFIX_KEY, None)
     said = metadata.get(CONFIG_KEY)
-    if config not in (BASE_1_0, REFINER_1_0) and (said is None or ModelConfig.from_json(said) != config):
-        metadata[CONFIG_KEY] = config.to_json()
+    if config not in (BASE_1_0, REFINER_1_0) and (said is None or config_from_json(said) != config):
+        metadata[CONFIG_KEY] = config_to_json(config)
     with part.checkpoint.reader() as read:
         entries = [part.entry(key, read) for key in part.checkpoint.shapes]
         entries.sort(key=attrgetter("name"))

@@ -39,9 +39,7 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
-    p.add_argument(
-        "--vae", metavar="MODEL", help="file or folder of a VAE, in place of the model's or where it has none"
-    )
+    p.add_argument("--vae", metavar="MODEL", help="a VAE's file or folder, for the model's own or where it has none")
     p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
     p.add_argument("--out", type=Path, metavar="FILE", help="a .png, .jpg, .webp or .tiff; replaced if it is there")
@@ -161,6 +159,14 @@ def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) ->
             from sdxl_ref.pictures import formats
 
             formats.save(image, beside, path.suffix.lower(), settings)
+
+
+def save_latents(path: Path | None, latents: torch.Tensor, sigma: float) -> None:
+    """Write the final latents, where `--save-latents` is given."""
+    if path is not None:
+        from sdxl_ref.weights.file_saving import save_latents
+
+        save_latents(path, latents, sigma)
 
 
 def adapter_files(texts: Sequence[str]) -> list[Path]:

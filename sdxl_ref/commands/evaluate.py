@@ -15,7 +15,8 @@ from sdxl_ref.pocket import evaluate
 from sdxl_ref.pocket.distance import patch_distances
 from sdxl_ref.pocket.painters import WAYS, Painters
 from sdxl_ref.pocket.report import report, write_chart
-from sdxl_ref.weights.saving import replacing, write_text
+from sdxl_ref.weights.file_saving import write_text
+from sdxl_ref.weights.saving import replacing
 
 DATA = "evaluation.json"
 TABLES = "evaluation.md"

@@ -21,7 +21,6 @@ from sdxl_ref.pipelines.image_to_image import STRENGTH, ImageToImagePipeline, Im
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.offload import Offload
-from sdxl_ref.weights.saving import save_latents
 
 BASE_ONLY = ("prompt_2", "negative_prompt_2", "height", "width")
 SCORES = ("aesthetic_score", "negative_aesthetic_score")
@@ -88,8 +87,7 @@ def run(a: argparse.Namespace) -> None:
         common.save_picture(contact_sheet(pictures), out, settings | {"seed": a.seed, "images": a.num_images})
     for model in pipe.models():
         common.say_changes(model.checkpoint)
-    if a.save_latents:
-        save_latents(a.save_latents, latents, 0.0)
+    common.save_latents(a.save_latents, latents, 0.0)
     print(f"wrote {', '.join(str(path) for path in dict.fromkeys([*outs, out]))}")
 
 

@@ -13,7 +13,6 @@ from sdxl_ref.pictures.images import fit, from_tensor, load_image
 from sdxl_ref.pipelines.calling import watermarks
 from sdxl_ref.pipelines.image_to_image import STRENGTH, ImageToImagePipeline, ImageToImageRequest
 from sdxl_ref.pipelines.pipeline import NEGATIVE_SCORE, SCORE
-from sdxl_ref.weights.saving import save_latents
 from sdxl_ref.weights.tensor_files import sha256_of
 
 OWN = ("strength", "strength_rule", "aesthetic_score", "negative_aesthetic_score")
@@ -73,6 +72,5 @@ def run(a: argparse.Namespace) -> None:
     settings["unconditional"] = "none" if not request.guided else pipe.unconditional(request)
     common.save_picture(refined, out, settings)
     common.say_changes(checkpoint)
-    if a.save_latents:
-        save_latents(a.save_latents, latents, float(plan.grid.sigmas[-1]))
+    common.save_latents(a.save_latents, latents, float(plan.grid.sigmas[-1]))
     print(f"wrote {out}")

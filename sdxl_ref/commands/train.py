@@ -37,6 +37,7 @@ from sdxl_ref.training.results import ADAPTERS, CHECKPOINT, write_adapter, write
 from sdxl_ref.training.state import LOG, STATE, check_same, read_log
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, PREDICTION_KEYS, Checkpoint, build_empty, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.stated_config import config_to_json
 
 EPILOG = """DATA is a folder of pictures with a file metadata.jsonl, one line for each picture:
 
@@ -169,7 +170,7 @@ def open_model(name: str, prediction: str | None) -> Checkpoint:
     if prediction is None:
         return checkpoint
     config = replace(checkpoint.config, prediction=prediction)
-    says = {CONFIG_KEY: config.to_json(), PREDICTION_KEYS[0]: prediction}
+    says = {CONFIG_KEY: config_to_json(config), PREDICTION_KEYS[0]: prediction}
     return replace(checkpoint, config=config, metadata={**checkpoint.metadata, **says})
 
 

@@ -10,14 +10,13 @@ import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_ref.config import Defaults, InputError, unknown
-from sdxl_ref.diffusion.schedule import Grid
 from sdxl_ref.diffusion.steps import Denoise, Step
 from sdxl_ref.pictures.images import MULTIPLE
 from sdxl_ref.pipelines.request import Prompt, Request
@@ -27,13 +26,6 @@ if TYPE_CHECKING:
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 Steps = Generator[Step, None, Tensor]  # returns pictures (b,3,H,W) in [0,1], or latents (b,4,h,w)
-
-
-class Plan(Protocol):
-    """What will run, known before anything does; `str(plan)` says it in a line."""
-
-    @property
-    def grid(self) -> Grid: ...
 
 
 class PipelineOutput(NamedTuple):
@@ -46,7 +38,7 @@ class CallablePipeline:
     """The base class of all pipelines. `request_type` is what `steps` takes; the call takes its fields."""
 
     request_type: type[Any]
-    plan_for: Callable[[Any, Defaults], Plan]
+    plan_for: Callable[[Any, Defaults], Any]
     steps: Callable[[Any], Steps]
     defaults: Defaults  # how the model is run where a request leaves it open
 
@@ -91,7 +83,10 @@ class CallablePipeline:
         return PipelineOutput(recording().pictures(result, settings, embed))
 
     def plan(self, request: Any) -> Any:
-        """What will run, known before anything does. InputError where nothing would."""
+        """What will run, known before anything does; its `grid`, and `str` says it in a line.
+
+        InputError where nothing would.
+        """
         return type(self).plan_for(request, self.defaults)
 
     def request(self, **arguments: Any) -> Any:

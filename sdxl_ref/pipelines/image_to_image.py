@@ -68,11 +68,9 @@ class ImageToImagePipeline(Pipeline):
             raise InputError("strength and denoising_start both say where to begin: give one of them")
         stop = steps if r.denoising_end is None else grid.steps_above(schedule.switch_sigma(r.denoising_end))
         if start >= stop:
-            first = (
-                f"strength {r.strength or STRENGTH}"
-                if r.denoising_start is None
-                else f"denoising_start {r.denoising_start}"
-            )
+            first = f"denoising_start {r.denoising_start}"
+            if r.denoising_start is None:
+                first = f"strength {r.strength or STRENGTH}"
             between = f"{first} and denoising_end {r.denoising_end}"
             raise InputError(f"0 of {steps} steps lie between {between}: use more steps, or a wider range")
         return GridPlan(grid.cut(start, stop), steps, request.left_open(defaults))

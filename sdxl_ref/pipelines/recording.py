@@ -29,8 +29,10 @@ PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 def settings(pipe: Any, request: Request, watermark: bool) -> dict[str, Any]:
     """Of a run that is about to begin; a setting of None is the default. `seed` is one for each generator."""
-    values = {field.name: getattr(request, field.name) for field in fields(request)}
+    completed = request.completed(pipe.defaults)
+    values = {field.name: getattr(completed, field.name) for field in fields(completed)}
     recorded: dict[str, Any] = {name: value for name, value in values.items() if name not in NOT_RECORDED}
+    recorded["spacing"] = str(completed.spacing)
     recorded |= {"seed": seeds(request.generator), "adapters": adapters(pipe), "watermark": watermark}
     plan = pipe.plan(request)
     recorded |= {"plan": str(plan), "sigmas": plan.grid.sigmas.tolist(), "prediction": pipe.config.prediction}

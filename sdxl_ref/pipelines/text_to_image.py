@@ -70,11 +70,12 @@ class TextToImagePipeline(Pipeline):
             yield step
         return step.x if r.output_type == "latent" else self.decode(step.x)
 
-    def first_noise(self, r: TextToImageRequest, grid: Grid) -> tuple[Tensor, Generator]:
+    def first_noise(self, request: TextToImageRequest, grid: Grid) -> tuple[Tensor, Generator]:
         """Noise (b,4,h,w) at the first level of the grid, and the generators that go on from there.
 
         A warning where that level is far below pure noise, as with "leading" and 1 or 2 steps.
         """
+        r = request.completed(self.defaults)
         if (t := grid.timesteps[0]) < 0.65 * TRAIN_STEPS:
             steps = f'"{r.spacing}" with {r.num_inference_steps} steps'
             warnings.warn(f"{steps} starts at t = {t:g}, far below pure noise", stacklevel=2)

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from sdxl_ref.config import InputError
 from sdxl_ref.pocket.scenes import SIZE, USUAL, Array, Look, Scene, draw, random_scene
 from sdxl_ref.text.conditioning import Numbers
-from sdxl_ref.weights.saving import replacing, write_text
+from sdxl_ref.weights.file_saving import write_text
+from sdxl_ref.weights.saving import replacing
 
 Pixels = NDArray[np.uint8]
 SEED = 1

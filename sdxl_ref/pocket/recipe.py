@@ -27,7 +27,7 @@ from sdxl_ref.pocket.unets import OBJECTIVES, stages_of, train_unet
 from sdxl_ref.training.state import locked
 from sdxl_ref.weights.checkpoint import build, prefixes
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
-from sdxl_ref.weights.saving import write_text
+from sdxl_ref.weights.file_saving import write_text
 
 TRAINED = {  # the function of each stage that trains
     "towers": train_towers,

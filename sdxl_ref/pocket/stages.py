@@ -12,8 +12,8 @@ from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.pocket.examples import Label, Pixels, training_set
 from sdxl_ref.pocket.models import CONFIGS
 from sdxl_ref.training.loop import Run, Settings, StepLoss
+from sdxl_ref.weights.file_saving import write_tensors
 from sdxl_ref.weights.leftovers import clear
-from sdxl_ref.weights.saving import write_tensors
 from sdxl_ref.weights.tensor_files import sha256_of
 
 SCENES = 40_000  # pictures of the training set

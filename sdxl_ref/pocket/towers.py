@@ -15,6 +15,7 @@ from sdxl_ref.pocket.stages import SETTINGS, RecipeFolder
 from sdxl_ref.text.tokenizer import tokenize
 from sdxl_ref.training.loop import Run
 from sdxl_ref.weights.checkpoint import build
+from sdxl_ref.weights.stated_config import config_to_json
 
 TOWERS = ("text_encoder", "text_encoder_2")
 CAPTIONS = 128  # of a step
@@ -97,7 +98,7 @@ def train_towers(folder: RecipeFolder, stage: str, stop: int | None = None) -> N
             losses += [F.cross_entropy(fact, answers[:, i]) for i, fact in enumerate(logits)]
         return torch.stack(losses).mean()
 
-    run = Run(model, SETTINGS[stage], folder.path / stage, {"model": config.to_json()})
+    run = Run(model, SETTINGS[stage], folder.path / stage, {"model": config_to_json(config)})
     if folder.train(stage, run, step_loss, stop):
         model.load_state_dict(model.state_dict() | run.averaged)
         report_accuracy(model)

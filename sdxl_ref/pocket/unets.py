@@ -20,6 +20,7 @@ from sdxl_ref.training.diffusion import Batch, Objective
 from sdxl_ref.training.loop import Run
 from sdxl_ref.weights.checkpoint import build, prefixes
 from sdxl_ref.weights.saving import replacing
+from sdxl_ref.weights.stated_config import config_to_json
 
 SAMPLE_EVERY = 2000  # steps
 SAMPLES = 24
@@ -70,7 +71,7 @@ def train_unet(folder: RecipeFolder, stage: str, stop: int | None = None) -> Non
             losses.append(objective.loss(parts, batch, generator) * count / sum(objectives.values()))
         return torch.stack(losses).sum()
 
-    identity: dict[str, object] = {"model": folder.configs[kind].to_json(), "scenes": folder.scenes}
+    identity: dict[str, object] = {"model": config_to_json(folder.configs[kind]), "scenes": folder.scenes}
     identity["objectives"] = [[objective.identity, count] for objective, count in objectives.items()]
     identity["learned from"] = folder.hashes(*sources)
     run = Run(parts, SETTINGS[stage], folder.path / stage, identity)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.saving import write_tensors
+from sdxl_ref.weights.file_saving import write_tensors
 from sdxl_ref.weights.tensor_files import open_tensors, read_metadata
 
 ROWS = 64  # of a shard, at most

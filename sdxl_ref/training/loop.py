@@ -26,8 +26,8 @@ from tqdm import tqdm
 from sdxl_ref.config import InputError
 from sdxl_ref.training.processes import this_process
 from sdxl_ref.training.state import LOG, STATE, check_same, truncate_log
+from sdxl_ref.weights.file_saving import write_tensors
 from sdxl_ref.weights.leftovers import clear
-from sdxl_ref.weights.saving import write_tensors
 from sdxl_ref.weights.tensor_files import open_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by its own names

@@ -10,7 +10,7 @@ from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.training.adapters import learned
 from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
 from sdxl_ref.weights.dtypes import is_finite
-from sdxl_ref.weights.saving import write_tensors
+from sdxl_ref.weights.file_saving import write_tensors
 
 ADAPTERS = {"kohya": "lora_kohya.safetensors", "peft": "lora_peft.safetensors"}
 CHECKPOINT = "finetuned.safetensors"

@@ -170,7 +170,9 @@ class Checkpoint:
 def identify(headers: Mapping[str, Header], metadata: Mapping[str, str]) -> ModelConfig | None:
     """The configuration that a file carries, or that of the official model whose sizes it has."""
     if CONFIG_KEY in metadata:
-        return ModelConfig.from_json(metadata[CONFIG_KEY])
+        from sdxl_ref.weights.stated_config import config_from_json
+
+        return config_from_json(metadata[CONFIG_KEY])
     for config in (REFINER_1_0, BASE_1_0):
         if LABEL in headers and headers[LABEL].shape == (4 * config.unet.model_channels, config.unet.adm_in_channels):
             return config
@@ -188,7 +190,11 @@ def is_plain(config: ModelConfig, headers: Mapping[str, Header], metadata: Mappi
     shapes |= {key: header.shape for key, header in weights.items()}
     is_float = all("F" in header.dtype for header in weights.values())  # no I64, U8, BOOL, …
     predictions = {metadata.get(key, config.prediction) for key in PREDICTION_KEYS}
-    return not config.misfit() and shapes == expected and is_float and predictions == {config.prediction}
+    if CONFIG_KEY in metadata:
+        from sdxl_ref.weights.stated_config import misfit
+
+        is_float = is_float and not misfit(config)
+    return shapes == expected and is_float and predictions == {config.prediction}
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.weights.checkpoint import EXTRAS, Checkpoint, Shapes, expected_shapes
+from sdxl_ref.weights.stated_config import misfit
 
 V_MARKER = "v_pred"  # a tensor of this name, without values, says that the UNet returns v
 OTHER_MODELS = {8: "an editing model (such as InstructPix2Pix)", 9: "an inpainting model"}  # by input channels
@@ -11,7 +12,7 @@ OTHER_MODELS = {8: "an editing model (such as InstructPix2Pix)", 9: "an inpainti
 
 def require_fit(config: ModelConfig, path: Path) -> None:
     """InputError unless the parts fit each other. For every kind of checkpoint: its models are told by their sizes."""
-    if problem := config.misfit():
+    if problem := misfit(config):
         model = OTHER_MODELS.get(config.unet.in_channels)
         verdict = f"is {model}, which this package does not run" if model else "has parts that do not fit each other"
         raise InputError(f"{path} {verdict}: {problem}")

@@ -17,6 +17,7 @@ from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.folder import EXTRAS_FILE, STEMS, Folder, Source, Stored, name_in_file, part_tensors, stored_in
 from sdxl_ref.weights.layouts import Rule, part_rules, vae_to_official
 from sdxl_ref.weights.names import find_file
+from sdxl_ref.weights.stated_config import config_from_json
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX, read_metadata
 
 PART_CONFIG = "config.json"  # of a part's folder in diffusers' layout
@@ -205,7 +206,7 @@ def rule_of(rule: Rule, lone: LonePart, tensors: list[Stored]) -> Rule | None:
 def model_around(lone: LonePart) -> tuple[ModelConfig, str]:
     """A model that has this part, with a note on what was assumed; its other parts fit, and are of no account."""
     fields = lone.fields
-    said = ModelConfig.from_json(lone.metadata[CONFIG_KEY]) if CONFIG_KEY in lone.metadata else None
+    said = config_from_json(lone.metadata[CONFIG_KEY]) if CONFIG_KEY in lone.metadata else None
     if said is not None and not fields:
         return said, ""
     path = lone.files[0].parent / PART_CONFIG

@@ -11,13 +11,11 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from sdxl_ref.config import InputError
 
@@ -27,23 +25,6 @@ MACHINE = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64] or "unnamed"
 with suppress(OSError):  # Linux tells containers and machines of one name apart
     MACHINE += f"_{os.stat('/proc/self/ns/pid').st_ino}"
     MACHINE += f"_{uuid.uuid5(uuid.NAMESPACE_OID, Path('/etc/machine-id').read_text()).hex[:8]}"
-
-
-def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
-    """Write latents (b,4,h,w) in sigma space, scaled by 0.13025, with their sigma in the metadata."""
-    write_tensors(path, {"latents": latents.cpu().contiguous()}, {"sigma": repr(sigma)})
-
-
-def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file in the place of an older one. InputError as `replacing` raises it."""
-    with replacing(path) as beside:
-        save_file(dict(state), beside, dict(metadata))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 in the place of an older one. InputError as `replacing` raises it."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
 
 
 def put_file(new: Path, target: Path, rights: int) -> None:

@@ -17,6 +17,7 @@ from sdxl_ref.weights.folder_config import vae_config as config_of_json
 from sdxl_ref.weights.identify import vae_config as config_of_shapes
 from sdxl_ref.weights.layouts import Rule, rules, vae_to_official
 from sdxl_ref.weights.names import find_file
+from sdxl_ref.weights.stated_config import config_from_json
 from sdxl_ref.weights.strangers import kind_of
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX, read_metadata, sha256_of
 
@@ -73,7 +74,7 @@ def read_vae(path: Path) -> tuple[dict[str, Stored], VAEConfig | None]:
             raise InputError(f"{json} lacks or garbles a field of an SDXL autoencoder ({error!r})") from error
     file = find_file(path)
     text = read_metadata(file).get(CONFIG_KEY)
-    return stored_in(file), ModelConfig.from_json(text).vae if text else None
+    return stored_in(file), config_from_json(text).vae if text else None
 
 
 def vae_config(stored: State, own: VAEConfig | None, model: ModelConfig, path: Path) -> VAEConfig:

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
+from sdxl_ref.weights.stated_config import config_to_json
 
 Changes = dict[str, Any]
 Case = Callable[[Path, Path], Changes]  # (folder to put files into, good checkpoint) -> changes to the command
@@ -32,7 +33,7 @@ def weights(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Case:
     def case(folder: Path, good: Path) -> Changes:
         state = load_file(good)
         edit(state)
-        save_file(state, folder / "edited.safetensors", {CONFIG_KEY: TINY_REFINER.to_json()})
+        save_file(state, folder / "edited.safetensors", {CONFIG_KEY: config_to_json(TINY_REFINER)})
         return {"checkpoint": folder / "edited.safetensors"}
 
     return case

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from sdxl_ref.cli import main
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, build, prefixes
 from sdxl_ref.weights.opening import POCKET
+from sdxl_ref.weights.stated_config import config_to_json
 from weights_convert.cli import main as convert_command
 
 Capture = pytest.CaptureFixture[str]
 CONFIGS = {"refiner": TINY_REFINER, "base": TINY_BASE}
 FINITE = "finite: every value of every tensor"
-METADATA = {CONFIG_KEY: TINY_REFINER.to_json()}
+METADATA = {CONFIG_KEY: config_to_json(TINY_REFINER)}
 
 
 def parameters(kind: str, part: str) -> str:

@@ -232,7 +232,7 @@ def test_hand_off_equals_the_papers_with_two_networks(
 
 
 def check_hand_off(sampler: str, schedule: dict[str, Any], switch: dict[str, Any]) -> None:
-    plan = EnsemblePipeline.plan(EnsembleRequest(prompt="", sampler=sampler, **schedule, **switch))
+    plan = EnsemblePipeline.plan_for(EnsembleRequest(prompt="", sampler=sampler, **schedule, **switch))
     sigmas = plan.grid.sigmas.tolist()
     x = sigmas[0] * torch.randn(2, 4, 4, 4, generator=seeded(0), dtype=torch.float64)
 
@@ -277,7 +277,7 @@ def test_the_plan_of_karras_sigmas_at_20_steps() -> None:
     splits = {}
     for spacing in ("leading", "linspace", "trailing"):
         request = EnsembleRequest(prompt="", karras=True, spacing=spacing, num_inference_steps=20, switch=0.8)
-        splits[spacing] = EnsemblePipeline.plan(request).evaluations
+        splits[spacing] = EnsemblePipeline.plan_for(request).evaluations
     assert splits == {"leading": (12, 8), "linspace": (12, 8), "trailing": (16, 4)}
 
 

@@ -13,10 +13,11 @@ from pairs import seeded
 from safetensors import safe_open
 
 from sdxl_ref import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
-from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.stated_config import config_from_json, config_to_json
 
 CONFIGS = {kind: replace(pairs.CONFIGS[kind], prediction="v") for kind in ("refiner", "base")}
 PIPELINES: dict[str, Any] = {"refiner": ImageToImagePipeline, "base": TextToImagePipeline}
@@ -97,8 +98,8 @@ def test_an_argument_outweighs_the_file(file: Path) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_json_there_and_back(kind: str) -> None:
-    assert ModelConfig.from_json(CONFIGS[kind].to_json()) == CONFIGS[kind]
-    assert ModelConfig.from_json(pairs.CONFIGS[kind].to_json()).prediction == "epsilon"
+    assert config_from_json(config_to_json(CONFIGS[kind])) == CONFIGS[kind]
+    assert config_from_json(config_to_json(pairs.CONFIGS[kind])).prediction == "epsilon"
 
 
 def test_an_unknown_prediction_is_answered_with_the_nearest(tiny_refiner_file: Path) -> None:

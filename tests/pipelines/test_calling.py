@@ -15,7 +15,7 @@ from pairs import seeded
 from torch import Tensor
 
 from sdxl_ref import SAMPLERS
-from sdxl_ref.config import InputError
+from sdxl_ref.config import SDXL, InputError
 from sdxl_ref.diffusion.steps import Step
 from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.watermark import embed
@@ -99,8 +99,10 @@ def test_churn_without_an_amount_is_no_option() -> None:
     """Its limits and its noise would change nothing."""
     for name in ("s_noise", "s_tmin", "s_tmax"):
         with pytest.raises(InputError, match=f"{name} is of no use without s_churn"):
-            Request(prompt="", **{name: 1.0})
-        Request(prompt="", s_churn=1.0, **{name: 1.0})
+            Request(prompt="", sampler="euler", **{name: 1.0})
+        with pytest.raises(InputError, match=f"{name} is of no use without s_churn"):
+            Request(prompt="", **{name: 1.0}).completed(SDXL)
+        Request(prompt="", s_churn=1.0, **{name: 1.0}).completed(SDXL)
     with pytest.raises(InputError, match="s_tmax must be a number from 0 to a million, found nan"):
         Request(prompt="", s_churn=1.0, s_tmax=float("nan"))
     Request(prompt="", s_churn=1.0, s_tmax=float("inf"))

@@ -70,7 +70,7 @@ def test_image_i_of_a_batch_is_the_image_made_alone(sampler: str) -> None:
 
 
 def test_the_plan_tells_who_evaluates_what() -> None:
-    plan = EnsemblePipeline.plan(EnsembleRequest(prompt="", num_inference_steps=50, sampler="heun"))
+    plan = EnsemblePipeline.plan_for(EnsembleRequest(prompt="", num_inference_steps=50, sampler="heun"))
     assert plan.evaluations == (79, 20)  # 40 steps start in the base; the second half of the last one is below
     assert str(plan) == "base 79 evaluations, sigma 13.12 → 0.527; refiner 20, 0.527 → 0"
 
@@ -152,4 +152,4 @@ def test_the_wrong_kind_of_model(tiny_base_file: Any, monkeypatch: pytest.Monkey
 )
 def test_bad_switches(switch: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        EnsemblePipeline.plan(EnsembleRequest(prompt="", **switch))
+        EnsemblePipeline.plan_for(EnsembleRequest(prompt="", **switch))

@@ -17,7 +17,7 @@ from training_data import LINES, Networks, bytes_of, rows_of, speckled, write_fo
 from sdxl_ref.config import InputError
 from sdxl_ref.training import cache as cache_module
 from sdxl_ref.training.cache import fingerprint
-from sdxl_ref.weights.saving import write_tensors
+from sdxl_ref.weights.file_saving import write_tensors
 from sdxl_ref.weights.tensor_files import sha256_of
 
 

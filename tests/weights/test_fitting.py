@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from sdxl_ref.cli import main
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, ModelConfig
+from sdxl_ref.weights.file_saving import write_text
 from sdxl_ref.weights.folder_config import read_json
 from sdxl_ref.weights.opening import POCKET
-from sdxl_ref.weights.saving import write_text
+from sdxl_ref.weights.stated_config import misfit
 from weights_convert.cli import main as convert_main
 from weights_convert.convert import convert
 
@@ -94,12 +95,12 @@ def test_parts_that_do_not_fit_each_other(name: str, tmp_path: Path) -> None:
 
 def test_every_kind_of_misfit_is_told_at_once() -> None:
     config = changed(changed(BASE, "unet", in_channels=9), "bigg", vocab_size=5)
-    assert config.misfit().count(";") == 1
+    assert misfit(config).count(";") == 1
 
 
 @pytest.mark.parametrize("config", [REFINER_1_0, BASE_1_0, REFINER, BASE, peers.SMALL_REFINER, peers.TINY_BASE])
 def test_what_fits(config: ModelConfig) -> None:
-    assert config.misfit() == ""
+    assert misfit(config) == ""
 
 
 @pytest.mark.parametrize(("kind", "channels"), [("base", 9), ("base", 8), ("refiner", 5)])

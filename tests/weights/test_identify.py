@@ -37,6 +37,7 @@ from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 from sdxl_ref.weights.identify import config_from_shapes
 from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.stated_config import config_from_json, config_to_json
 
 # --- from the shapes ----------------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ def test_a_configuration_of_another_model_is_found_out(state: dict[str, Tensor],
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), *(config for config, _ in RELEASED.values())])
 def test_a_configuration_goes_through_json(config: ModelConfig) -> None:
-    assert ModelConfig.from_json(config.to_json()) == config
+    assert config_from_json(config_to_json(config)) == config
 
 
 def odd_configurations() -> list[tuple[str, str]]:
@@ -149,7 +150,7 @@ def odd_configurations() -> list[tuple[str, str]]:
     def walk(node: Any, path: tuple[Any, ...]) -> None:
         for key in node if isinstance(node, dict) else range(len(node)):
             for value in odd:
-                raw = json.loads(REFINER.to_json())
+                raw = json.loads(config_to_json(REFINER))
                 place = raw
                 for step in path:
                     place = place[step]
@@ -158,7 +159,7 @@ def odd_configurations() -> list[tuple[str, str]]:
             if isinstance(node[key], dict | list):
                 walk(node[key], (*path, key))
 
-    walk(json.loads(REFINER.to_json()), ())
+    walk(json.loads(config_to_json(REFINER)), ())
     return [(name, json.dumps(raw)) for name, raw in found] + [("no JSON", "{"), ("empty", "")]
 
 
@@ -217,7 +218,7 @@ ABSURD = [
 def test_an_absurd_configuration_is_told_at_once(
     part: str, field: str, value: Any, message: str, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    raw = json.loads(REFINER.to_json())
+    raw = json.loads(config_to_json(REFINER))
     place = raw[part] if part else raw
     (place[0] if part == "text_encoders" else place)[field] = value
     path = write(tmp_path / "a.safetensors", state, {CONFIG_KEY: json.dumps(raw)})

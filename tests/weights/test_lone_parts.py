@@ -14,6 +14,7 @@ from sdxl_ref.weights.checkpoint import CONFIG_KEY, prefixes
 from sdxl_ref.weights.layouts import part_rules, to_other
 from sdxl_ref.weights.lone_parts import find_lone_part, find_part, model_around, open_part
 from sdxl_ref.weights.report import describe
+from sdxl_ref.weights.stated_config import config_to_json
 
 RELEASED = {"base": BASE_1_0, "refiner": REFINER_1_0}
 NAMES = {
@@ -113,7 +114,9 @@ def test_a_part_is_described(part: str, tmp_path: Path) -> None:
     tensors = {
         name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes_of(config, part, "diffusers").items()
     }
-    save_file(tensors | extra, tmp_path / "a.safetensors", {CONFIG_KEY: config.to_json(), "modelspec.title": "a part"})
+    save_file(
+        tensors | extra, tmp_path / "a.safetensors", {CONFIG_KEY: config_to_json(config), "modelspec.title": "a part"}
+    )
     found = describe(tmp_path / "a.safetensors")
     assert found.model == NAMES[part]
     assert list(found.parts) == [part]

@@ -21,9 +21,10 @@ from PIL import Image
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import folder_saving, leftovers, saving
+from sdxl_ref.weights.file_saving import write_tensors, write_text
 from sdxl_ref.weights.folder_saving import replacing_folder
 from sdxl_ref.weights.leftovers import clear
-from sdxl_ref.weights.saving import PREFIX, SUFFIX, replacing, temporary_name, write_tensors, write_text
+from sdxl_ref.weights.saving import PREFIX, SUFFIX, replacing, temporary_name
 
 FOLDER = {"index": "1", "part/config": "2", "part/deeper/weights": "3"}
 

@@ -23,6 +23,7 @@ from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 from sdxl_ref.weights.opening import POCKET, open_checkpoint
+from sdxl_ref.weights.stated_config import config_to_json
 from weights_convert.convert import convert
 
 PREFIX = "first_stage_model."
@@ -241,7 +242,7 @@ def pocket_vae(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for kind in ("base", "refiner"):
         state = load_file(POCKET[f"pocket-{kind}"])
-        texts = {CONFIG_KEY: open_checkpoint(f"pocket-{kind}").config.to_json()}
+        texts = {CONFIG_KEY: config_to_json(open_checkpoint(f"pocket-{kind}").config)}
         rest = {key: t for key, t in state.items() if not key.startswith(PREFIX)}
         found[kind] = write(folder / f"{kind}.safetensors", rest, texts)
     vae = {key.removeprefix(PREFIX): t for key, t in state.items() if key.startswith(PREFIX)}

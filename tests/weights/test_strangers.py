@@ -14,8 +14,8 @@ from torch import nn
 
 from sdxl_ref.cli import main
 from sdxl_ref.weights.checkpoint import LABEL
+from sdxl_ref.weights.file_saving import write_text
 from sdxl_ref.weights.opening import POCKET
-from sdxl_ref.weights.saving import write_text
 from weights_convert.convert import convert
 
 Shapes = dict[str, tuple[int, ...]]

@@ -21,6 +21,7 @@ from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint
 from sdxl_ref.weights.folder_config import read_json
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import describe
+from sdxl_ref.weights.stated_config import config_to_json
 from weights_convert.cli import main as convert_main
 from weights_convert.convert import convert
 from weights_convert.reports import verify
@@ -155,7 +156,7 @@ def test_a_header_that_says_epsilon(word: str, state: State, tmp_path: Path) -> 
 
 def test_a_configuration_that_says_v_stays_so(state: State, tmp_path: Path) -> None:
     """Also where a header was copied along that says "epsilon"."""
-    texts = {CONFIG_KEY: REFINER.to_json()[:-1] + ', "prediction": "v"}', "modelspec.prediction_type": "epsilon"}
+    texts = {CONFIG_KEY: config_to_json(REFINER)[:-1] + ', "prediction": "v"}', "modelspec.prediction_type": "epsilon"}
     found = open_checkpoint(write(tmp_path / "a.safetensors", state, texts))
     assert found.config.prediction == "v"
     assert f"the UNet returns v, by {CONFIG_KEY} in the metadata, although" in found.note
@@ -187,7 +188,7 @@ def test_the_marker_makes_the_picture_that_diffusers_makes_of_a_v_prediction(tmp
         "text_encoder_2": "conditioner.embedders.0.model.",
     }
     state = {prefixes[part] + key: t for part, network in networks.items() for key, t in network.state_dict().items()}
-    path = write(tmp_path / "a.safetensors", state | {"v_pred": torch.tensor([])}, {CONFIG_KEY: config.to_json()})
+    path = write(tmp_path / "a.safetensors", state | {"v_pred": torch.tensor([])}, {CONFIG_KEY: config_to_json(config)})
     pipe = ImageToImagePipeline.from_pretrained(path)
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     options = {"guidance_scale": 1.0, "output_type": "latent", "num_inference_steps": 4}

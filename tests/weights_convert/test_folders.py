@@ -57,7 +57,7 @@ OTHERS = [  # file, field, value, what is said of it
     ("model_index.json", "vae", ["diffusers", "AutoencoderTiny"], "no SDXL pipeline: expected vae"),
     ("model_index.json", "text_encoder_2", [None, None], "no SDXL pipeline: expected text_encoder_2"),
     ("model_index.json", "text_encoder_2", None, "no SDXL pipeline: expected text_encoder_2"),
-    ("scheduler/scheduler_config.json", "prediction_type", "v_prediction", "expected prediction_type 'epsilon'"),
+    ("scheduler/scheduler_config.json", "prediction_type", "sample", "prediction_type"),
     *(
         (f"{part}/config.json", field, value, f"{part}/config.json is not SDXL's: expected {field} .*, found ")
         for part, field, value in (

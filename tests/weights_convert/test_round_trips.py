@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from sdxl_ref.config import ModelConfig
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.folder import EXTRAS_FILE
 from sdxl_ref.weights.opening import POCKET, open_checkpoint
+from sdxl_ref.weights.stated_config import config_from_json, config_to_json
 from weights_convert.cli import main
 from weights_convert.convert import convert
 from weights_convert.folder_settings import SETTINGS_KEY
@@ -147,7 +147,7 @@ def test_an_edited_scaling_factor_survives(folder: Path, tmp_path: Path) -> None
     edit(folder / "vae" / "config.json", scaling_factor=0.5)
     convert(folder, tmp_path / "a.safetensors", "official")
     assert open_checkpoint(tmp_path / "a.safetensors").config.vae.scale_factor == 0.5
-    assert ModelConfig.from_json(metadata_of(tmp_path / "a.safetensors")[CONFIG_KEY]).vae.scale_factor == 0.5
+    assert config_from_json(metadata_of(tmp_path / "a.safetensors")[CONFIG_KEY]).vae.scale_factor == 0.5
     for source, target in ((tmp_path / "a.safetensors", tmp_path / "b"), (folder, tmp_path / "c")):
         convert(source, target, "diffusers")
         assert fields_of(target / "vae" / "config.json")["scaling_factor"] == 0.5
@@ -169,7 +169,7 @@ def test_other_edited_sizes_survive(folder: Path, tmp_path: Path, file: str, fie
 
 def test_a_file_that_predicts_v_stays_one(small_refiner_file: Path, tmp_path: Path) -> None:
     config = replace(open_checkpoint(small_refiner_file).config, prediction="v")
-    metadata = {CONFIG_KEY: config.to_json(), "modelspec.prediction_type": "v_prediction"}
+    metadata = {CONFIG_KEY: config_to_json(config), "modelspec.prediction_type": "v_prediction"}
     save_file(load_file(small_refiner_file), tmp_path / "v.safetensors", metadata)
     convert(tmp_path / "v.safetensors", tmp_path / "model", "diffusers")
     assert fields_of(tmp_path / "model" / "scheduler" / "scheduler_config.json")["prediction_type"] == "v_prediction"
@@ -183,13 +183,13 @@ def test_what_a_files_header_says_of_the_prediction_is_brought_up_to_its_configu
     small_refiner_file: Path, tmp_path: Path
 ) -> None:
     config = replace(open_checkpoint(small_refiner_file).config, prediction="v")
-    metadata = {CONFIG_KEY: config.to_json(), "modelspec.prediction_type": "epsilon"}
+    metadata = {CONFIG_KEY: config_to_json(config), "modelspec.prediction_type": "epsilon"}
     save_file(load_file(small_refiner_file), tmp_path / "v.safetensors", metadata)
     prediction = open_checkpoint(tmp_path / "v.safetensors").config.prediction
     convert(tmp_path / "v.safetensors", tmp_path / "again.safetensors", "official")
     found = metadata_of(tmp_path / "again.safetensors")
     assert found["modelspec.prediction_type"] == prediction
-    assert ModelConfig.from_json(found[CONFIG_KEY]).prediction == prediction
+    assert config_from_json(found[CONFIG_KEY]).prediction == prediction
 
 
 SCHEDULER = "scheduler/scheduler_config.json"

@@ -1,0 +1,26 @@
+"""Tensors and texts as files that are never half written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdxl_ref.weights.saving import replacing
+
+
+def save_latents(path: Path, latents: Tensor, sigma: float) -> None:
+    """Write latents (b,4,h,w) in sigma space, scaled by 0.13025, with their sigma in the metadata."""
+    write_tensors(path, {"latents": latents.cpu().contiguous()}, {"sigma": repr(sigma)})
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in the place of an older one. InputError as `replacing` raises it."""
+    with replacing(path) as beside:
+        save_file(dict(state), beside, dict(metadata))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 in the place of an older one. InputError as `replacing` raises it."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
