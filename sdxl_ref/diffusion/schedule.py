@@ -88,7 +88,7 @@ class NoiseSchedule:
 
         `spacing` may also be an object that makes them: `scheduler_levels.SchedulerLevels`.
         """
-        if not isinstance(spacing, str):
+        if hasattr(spacing, "grid"):
             return spacing.grid(steps)
         t = self.timesteps(steps, spacing)
         sigmas = np.interp(t, np.arange(TRAIN_STEPS), self.table)
@@ -133,7 +133,7 @@ class NoiseSchedule:
         but not for "ddim" and "ddpm", which start from unit noise in their own scaling.
         """
         first = float(sigmas[0])
-        if not isinstance(spacing, str):
+        if hasattr(spacing, "grid"):
             return spacing.initial_scale(first)
         if spacing in ("trailing", "linspace") and sampler not in UNIT_VARIANCE:
             return first

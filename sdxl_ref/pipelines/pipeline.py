@@ -180,9 +180,9 @@ class Pipeline(CallablePipeline):
 
     def unconditional(self, request: Request) -> str:
         """What the negative side of a request reads, in words."""
-        if self.zeros and request.negative_prompt is None and request.negative_prompt_2 is None:
-            return "zeros"
-        return "negative prompt encoded, empty where none is given"
+        if request.negative_prompt is None and request.negative_prompt_2 is None:
+            return "zeros" if self.zeros else "empty prompt encoded"
+        return "negative prompt encoded"
 
     def picture_size(self, latents: Tensor) -> Size:
         """(height, width) in pixels of the pictures that latents (b,4,h,w) decode to."""

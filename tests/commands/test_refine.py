@@ -74,7 +74,7 @@ def test_the_picture_carries_all_that_it_takes_to_make_it_again(
         "lora": [],
         "sigmas": NoiseSchedule().discretize(10).tolist()[-5:],
         "timesteps": [301, 201, 101, 1],
-        "unconditional": "negative prompt, encoded even where empty",
+        "unconditional": "negative prompt encoded",
     }
     assert {key: made[key] for key in expected} == expected
     assert made["checkpoint"]["sha256"] == sha256
@@ -216,14 +216,14 @@ def test_a_picture_is_cropped_to_multiples_of_8(refine: Refine, here: Path, caps
 def test_a_large_picture_is_shrunk(refine: Refine, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes long: the request is all that is looked at."""
     sizes = []
-    plan = ImageToImagePipeline.plan
+    plan_for = ImageToImagePipeline.plan_for
 
     def look(request: Any) -> Any:
         sizes.append(request.image.size)
-        return plan(request)
+        return plan_for(request)
 
     Image.new("RGB", (1500, 1000), "green").save("in.jpg")
-    monkeypatch.setattr(ImageToImagePipeline, "plan", staticmethod(look))
+    monkeypatch.setattr(ImageToImagePipeline, "plan_for", staticmethod(look))
     monkeypatch.setattr(ImageToImagePipeline, "open", stop)
     with pytest.raises(Stopped):
         refine("in.jpg")

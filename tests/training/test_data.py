@@ -224,6 +224,6 @@ def test_other_refusals(refiner: Networks, tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sdxl_ref.weights.saving.save_file", full)
+    monkeypatch.setattr("sdxl_ref.weights.file_saving.save_file", full)
     with pytest.raises(InputError, match=r"could not write .*No space left on device"):
         networks("refiner").dataset(folder, tmp_path / "cache")

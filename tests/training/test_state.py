@@ -117,7 +117,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sdxl_ref.weights.saving.save_file", full)
+    monkeypatch.setattr("sdxl_ref.weights.file_saving.save_file", full)
     with pytest.raises(InputError, match="No space left on device"):
         train(tmp_path)
     assert (tmp_path / STATE).read_bytes() == before

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_ref.config import InputError
 from sdxl_ref.pipelines import ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.weights.folder import open_folder
 from sdxl_ref.weights.opening import open_checkpoint
@@ -58,8 +57,9 @@ def test_a_folder_that_diffusers_wrote_opens_here(
     convert(tmp_path / "theirs", tmp_path / "back.safetensors", "official", variant=variant)
     assert open_checkpoint(tmp_path / "back.safetensors").config == open_checkpoint(official).config
     if variant:
-        with pytest.raises(InputError, match="there is the variant 'fp16': name it"):
-            open_folder(tmp_path / "theirs")
+        alone = open_folder(tmp_path / "theirs")
+        assert "there is the variant 'fp16' alone, which is used" in alone.note
+        assert alone.files() == opened.files()
 
 
 def test_a_variant_is_written_under_its_names(official: Path, tmp_path: Path) -> None:
