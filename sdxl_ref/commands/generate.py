@@ -126,7 +126,8 @@ def say_plans(a: argparse.Namespace, files: Files, first: TextToImageRequest, se
     """The plans of the runs, printed before the weights are read."""
     base, refiner = files
     if isinstance(first, EnsembleRequest):
-        plans: list[Any] = [EnsemblePipeline.plan_for(first, base.defaults)]
+        assert refiner is not None
+        plans: list[Any] = [EnsemblePipeline.plan_for(first, base.defaults, refiner.defaults)]
     else:
         plans = [TextToImagePipeline.plan_for(first, base.defaults)]
     if a.two_stage and refiner is not None:

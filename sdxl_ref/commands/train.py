@@ -82,6 +82,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--ema", type=float, default=0.0, help="decay of averaged weights, which are then the result; 0: none"
     )
     p.add_argument("--timesteps", type=int, nargs=2, metavar=("FIRST", "LAST"), help="(refiner 0 199, base 0 999)")
+    p.add_argument("--variant", help="fp16: read files such as model.fp16.safetensors of a folder or a repository")
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--weighting", default="uniform", choices=tuple(WEIGHTINGS), help="of the loss by noise level")
     p.add_argument("--drop-captions", type=float, default=0.1, help="share of captions that are dropped, for guidance")
@@ -117,7 +118,7 @@ def run(a: argparse.Namespace) -> None:
         process = this_process()
         try:
             examples = read_folder(a.data)
-            checkpoint = open_model(a.checkpoint, a.prediction)
+            checkpoint = open_model(a.checkpoint, a.variant, a.prediction)
             check_out(a, checkpoint, examples)
             plan = Plan(
                 checkpoint, choice, settings, objective(a, checkpoint.config.kind, checkpoint.config.prediction)
@@ -164,9 +165,9 @@ def check(a: argparse.Namespace) -> tuple[Choice | None, Settings]:
     return choice, settings
 
 
-def open_model(name: str, prediction: str | None) -> Checkpoint:
+def open_model(name: str, variant: str | None, prediction: str | None) -> Checkpoint:
     """Open the model to train; with a prediction, as if its file said that this is what the UNet returns."""
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint(name, variant=variant)
     if prediction is None:
         return checkpoint
     config = replace(checkpoint.config, prediction=prediction)

@@ -16,7 +16,7 @@ from sdxl_ref.diffusion.steps import Denoise
 from sdxl_ref.pipelines.calling import CallablePipeline, Steps
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
 from sdxl_ref.pipelines.pipeline import Pipeline, sample
-from sdxl_ref.pipelines.request import option
+from sdxl_ref.pipelines.request import option, own_settings
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.offload import Offload
@@ -142,10 +142,14 @@ class EnsemblePipeline(CallablePipeline):
         self.refiner.to(*args, **kwargs)
         return self
 
-    @staticmethod
-    def plan_for(request: EnsembleRequest, defaults: Defaults = SDXL) -> EnsemblePlan:
-        """Who evaluates where, by running the solver on nothing; `defaults` are the base's.
+    def plan(self, request: EnsembleRequest) -> EnsemblePlan:
+        return self.plan_for(request, self.defaults, self.refiner.defaults)
 
+    @staticmethod
+    def plan_for(request: EnsembleRequest, defaults: Defaults = SDXL, refiner: Defaults = SDXL) -> EnsemblePlan:
+        """Who evaluates where, by running the solver on nothing.
+
+        `defaults` are the base's: a run has one sampler and one grid. Those of the refiner that differ are told.
         InputError where one expert would run 0 steps.
         """
         r = request.completed(defaults)
@@ -166,6 +170,8 @@ class EnsemblePipeline(CallablePipeline):
                     f"with the switch at sigma {switch:.4g} the {name} would run 0 steps: expected a level between "
                     f"{min(levels):.4g} and {max(levels):.4g}, the lowest and the highest that is evaluated"
                 )
+        if refiner != SDXL:
+            note += own_settings().not_used(request, defaults, refiner)
         return EnsemblePlan(grid, switch, (base, len(levels) - base), note)
 
     @torch.no_grad()

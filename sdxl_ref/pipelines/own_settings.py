@@ -22,6 +22,21 @@ def completed(request: Any, defaults: Defaults) -> Any:
     return replace(request, sampler=request.sampler or defaults.sampler, spacing=spacing, karras=bool(karras))
 
 
+STEPPING = ("sampler", "spacing", "karras")
+
+
+def not_used(request: Any, defaults: Defaults, refiner: Defaults) -> str:
+    """What a refiner's own settings would decide in a run of its own, and the base's do in an ensemble."""
+    if refiner.refusal and None in (request.sampler, request.spacing):
+        return f"; not used: the refiner's own scheduler ({refiner.refusal})"
+    settings = []
+    for name in STEPPING:
+        own = getattr(refiner, name)
+        if getattr(request, name) is None and own not in (getattr(SDXL, name), getattr(defaults, name)):
+            settings.append(f"{name} {own}")
+    return f"; not used: the refiner's own {', '.join(settings)}" if settings else ""
+
+
 def left_open(request: Any, defaults: Defaults) -> str:
     """What the settings decide, where they are not SDXL's, as a plan tells it."""
     settings = []

@@ -30,8 +30,21 @@ def find_file(path: Path) -> Path:
     """What is no folder as it is, or the one safetensors file of a folder. InputError where there is not one."""
     if not path.is_dir():
         return path  # `open_tensors` says what is wrong with it
+    refuse_cache(path)
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise InputError(f"expected one .safetensors file in the folder {path}, found {names}: name the file")
     return files[0]
+
+
+def refuse_cache(path: Path) -> None:
+    """InputError where a folder is the hub's cache, of one repository or of all: it holds models, and is none."""
+    snapshots = [folder for folder in path.glob("snapshots/*") if folder.is_dir()]
+    if snapshots:
+        repository = path.name.removeprefix("models--").replace("--", "/")
+        newest = max(snapshots, key=lambda folder: folder.stat().st_mtime)
+        raise InputError(f"{path} is the hub's cache of {repository}: expected a model, name a snapshot as {newest}")
+    if caches := sorted(folder.name for folder in path.glob("models--*") if folder.is_dir()):
+        names = ", ".join(cache.removeprefix("models--").replace("--", "/") for cache in caches[:4])
+        raise InputError(f"{path} is the hub's cache: expected a model, found those of {names}: name one of them")

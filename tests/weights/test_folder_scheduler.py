@@ -10,10 +10,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import Image
 
 from sdxl_ref.config import InputError
-from sdxl_ref.pipelines import TextToImagePipeline
+from sdxl_ref.pipelines import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref.weights.folder_config import CLASSES, INDEX, NO_EFFECT, SIZES, TEXT, UNET, VAE
 from sdxl_ref.weights.folder_scheduler import OF_NO_EFFECT, SCHEDULERS, TRAINING, read_scheduler
 from weights_convert.convert import convert
 
@@ -225,3 +228,73 @@ def test_a_setting_that_nobody_knows_is_refused(edited: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"new_setting": 3, "_name": "x", "unused": None}))
     _, defaults = read_scheduler(folder)
     assert "the setting new_setting 3 is not understood" in defaults.refusal
+
+
+PARTS = {"UNet2DConditionModel": UNET, "AutoencoderKL": VAE}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_field_of_a_part_is_in_the_table(name: str) -> None:
+    """A new one of diffusers' is noticed; what a file leaves out has the class's own default but for SDXL's marks."""
+    signature = inspect.signature(getattr(diffusers, name).__init__).parameters
+    known = {*PARTS[name], *SIZES[name], *NO_EFFECT[name]}
+    assert set(signature) - {"self"} == known - {"_class_name"}
+    other = {
+        key
+        for key, value in PARTS[name].items()
+        if key in signature and (signature[key].default or None) != (value or None)
+    }
+    assert other <= {"addition_embed_type", "addition_time_embed_dim", "use_linear_projection"}
+
+
+def test_every_field_of_a_text_encoder_is_in_the_table() -> None:
+    known = {*TEXT, *SIZES["CLIPTextModel"], *NO_EFFECT["CLIPTextModel"]}
+    fields = {key for key in transformers.CLIPTextConfig().to_dict() if not key.startswith("_")}
+    assert fields <= known
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"])
+def test_every_entry_of_the_index_is_in_the_table(name: str) -> None:
+    signature = inspect.signature(getattr(diffusers, name).__init__).parameters
+    assert set(signature) - {"self"} - {*CLASSES, *INDEX} == {"add_watermarker"}  # which is not written
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("DDIMScheduler", {}),
+    ],
+    ids=str,
+)
+def test_image_to_image_of_a_refiners_folder(
+    scheduler: str, settings: dict[str, Any], tiny_refiner_file: Path, tmp_path: Path
+) -> None:
+    convert(tiny_refiner_file, tmp_path / "refiner", "diffusers")
+    config = dict(getattr(diffusers, scheduler).from_config(OFFICIAL | settings).config)
+    path = tmp_path / "refiner" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(config | {"_class_name": scheduler}))
+    index = tmp_path / "refiner" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", scheduler]}))
+    own = ImageToImagePipeline.from_pretrained(tmp_path / "refiner")
+    peer = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path / "refiner", torch_dtype=torch.float32)
+    call = {"image": Image.radial_gradient("L").convert("RGB").resize((64, 64)), "strength": 0.5}
+    pictures = []
+    for pipeline in (own, peer):
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        result = pipeline("a cup", generator=generator, num_inference_steps=10, output_type="np", **call)
+        pictures.append(np.rint(255 * np.asarray(result.images[0])))
+    assert np.abs(pictures[0] - pictures[1]).max() <= LEVEL
+
+
+def test_an_ensemble_tells_of_the_refiners_own_settings(edited: Any, tiny_refiner_file: Path, tmp_path: Path) -> None:
+    convert(tiny_refiner_file, tmp_path / "refiner", "diffusers")
+    path = tmp_path / "refiner" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"timestep_spacing": "trailing"}))
+    pipe = EnsemblePipeline.from_pretrained(edited(), tmp_path / "refiner")
+    told = str(pipe.plan(pipe.request(prompt="", num_inference_steps=10)))
+    assert told.endswith("; not used: the refiner's own spacing trailing")
+    assert "not used" not in str(pipe.plan(pipe.request(prompt="", num_inference_steps=10, spacing="leading")))

@@ -248,3 +248,13 @@ def test_a_folder_without_one_file(names: list[str], found: str, tmp_path: Path)
         (tmp_path / name).write_bytes(b"")
     line = error_of(tmp_path)
     assert line == f"expected one .safetensors file in the folder {tmp_path}, found {found}: name the file"
+
+
+def test_a_cache_of_the_hub_is_told_from_a_model(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    line = error_of(tmp_path / "models--owner--name")
+    assert line.endswith(f"is the hub's cache of owner/name: expected a model, name a snapshot as {snapshot}")
+    assert error_of(tmp_path).endswith(
+        "is the hub's cache: expected a model, found those of owner/name: name one of them"
+    )
