@@ -175,6 +175,7 @@ def record(
     sides = [f"base {base.unconditional(first)}"]
     if refiner is not None:
         sides.append(f"refiner {refiner.unconditional(second)}")
+        settings["refiner_prediction"] = refiner.config.prediction
         settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
         if a.two_stage:
             settings["strength"] = STRENGTH if a.strength is None else a.strength

@@ -15,7 +15,7 @@ from torch import nn
 
 from sdxl_ref.commands.common import pick_device, seed
 from sdxl_ref.commands.kept import check_apart
-from sdxl_ref.config import PREDICTIONS, InputError
+from sdxl_ref.config import PREDICTIONS, SDXL, InputError
 from sdxl_ref.training.adapters import Choice, attach, chosen
 from sdxl_ref.training.cache import fingerprint
 from sdxl_ref.training.data import Dataset
@@ -166,9 +166,13 @@ def check(a: argparse.Namespace) -> tuple[Choice | None, Settings]:
 
 
 def open_model(name: str, variant: str | None, prediction: str | None) -> Checkpoint:
-    """Open the model to train; with a prediction, as if its file said that this is what the UNet returns."""
+    """Open the model to train; with a prediction, as if its file said that this is what the UNet returns.
+
+    What a marker or a folder's settings say of it is said by the metadata then, which the result takes over.
+    """
     checkpoint = open_checkpoint(name, variant=variant)
-    if prediction is None:
+    prediction = prediction or checkpoint.config.prediction
+    if prediction == "epsilon" == checkpoint.config.prediction:
         return checkpoint
     config = replace(checkpoint.config, prediction=prediction)
     says = {CONFIG_KEY: config_to_json(config), PREDICTION_KEYS[0]: prediction}
@@ -225,6 +229,10 @@ def train(
     config = checkpoint.config
     dtype = getattr(torch, a.dtype)
     report(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
+    if checkpoint.note:
+        report(f"note: {checkpoint.note}")
+    if a.full and checkpoint.defaults != SDXL:
+        report("note: the result is one file, without the folder's settings of its scheduler and of the empty prompt")
     towers = {
         part: checkpoint.load(part, dtype, device) for part in prefixes(config) if part.startswith("text_encoder")
     }

@@ -60,6 +60,11 @@ class SchedulerLevels:
         """The levels of a run. InputError for a number of steps or a spacing that leaves the training steps."""
         if not (isinstance(steps, int) and 1 <= steps <= TRAIN_STEPS):
             raise InputError(f"the number of steps must be a whole number from 1 to {TRAIN_STEPS}, found {steps!r}")
+        if self.scheduler == "DDIMScheduler" and self.spacing == "trailing" and TRAIN_STEPS % steps:
+            raise InputError(
+                f"{self} with {steps} steps goes to levels that it does not visit: use a number that divides 1000, "
+                "or another spacing"
+            )
         schedule = NoiseSchedule()
         t = self.timesteps(steps)
         if not 0 <= t[-1] <= t[0] < TRAIN_STEPS:

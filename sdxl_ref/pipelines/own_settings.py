@@ -12,7 +12,7 @@ def completed(request: Any, defaults: Defaults) -> Any:
         raise InputError(f"{defaults.refusal}: name the sampler and the spacing to use in its place")
     spacing = request.spacing
     karras = request.karras
-    if isinstance(defaults.spacing, str):
+    if isinstance(defaults.spacing, str):  # also where the sampler is refused: then the request names both
         spacing = defaults.spacing if spacing is None else spacing
         karras = defaults.karras if karras is None else karras
     elif spacing is None or isinstance(spacing, str):
@@ -42,6 +42,8 @@ def left_open(request: Any, defaults: Defaults) -> str:
     settings = []
     for name in ("sampler", "spacing", "karras", "zeros"):
         own = getattr(defaults, name)
+        if name == "zeros" and (not request.guided or request.negative_prompt is not None):
+            continue
         if getattr(request, name, None) is None and own != getattr(SDXL, name):
             settings.append(f"{name} {own}")
     return f"; the model's own: {', '.join(settings)}" if settings else ""

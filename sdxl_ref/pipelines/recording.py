@@ -35,11 +35,13 @@ def settings(pipe: Any, request: Request, watermark: bool) -> dict[str, Any]:
     recorded["spacing"] = str(completed.spacing)
     recorded |= {"seed": seeds(request.generator), "adapters": adapters(pipe), "watermark": watermark}
     plan = pipe.plan(request)
-    recorded |= {"plan": str(plan), "sigmas": plan.grid.sigmas.tolist(), "prediction": pipe.config.prediction}
+    recorded |= {"plan": str(plan), "sigmas": plan.grid.sigmas.tolist()}
     recorded |= {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(pipe.device)}
-    for name, model in zip(("checkpoint", "refiner_checkpoint"), pipe.models(), strict=False):
+    for prefix, model in zip(("", "refiner_"), pipe.models(), strict=False):
+        recorded[f"{prefix}prediction"] = model.config.prediction
+        recorded[f"{prefix}unconditional"] = model.unconditional(request) if request.guided else "none"
         if model.checkpoint is not None:
-            recorded[name] = {"file": model.checkpoint.path.name}
+            recorded[f"{prefix}checkpoint"] = {"file": model.checkpoint.path.name}
     return recorded | {"versions": {"sdxl_ref": __version__, "torch": torch.__version__}}
 
 

@@ -93,7 +93,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Folder:
     config = replace(model_config(folder), prediction=prediction)
     sources: dict[str, Source] = {}
     unexpected: dict[str, tuple[int, ...]] = {}
-    notes = []
+    notes = [] if prediction == "epsilon" else [f"the UNet returns {prediction}, by the scheduler's settings"]
     for part, prefix in prefixes(config).items():
         _, rules = part_rules(part, config)
         file, note = weights_file(folder / part, variant)

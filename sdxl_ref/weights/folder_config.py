@@ -143,6 +143,7 @@ INDEX = (  # of `model_index.json`, besides the networks'
     "tokenizer_2",
 )
 TOKENIZERS = (["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"])
+KNOWN_TOKENS = {"<|startoftext|>", "<|endoftext|>", "!"}
 PADDING = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 Json = dict[str, Any]
 
@@ -185,6 +186,9 @@ def model_config(folder: Path) -> ModelConfig:
 def check_index(folder: Path, index: Json) -> None:
     """InputError for what a pipeline of this folder would have that is not here: other parts, another tokenizer."""
     path = folder / FOLDER_INDEX
+    kind = index.get("_class_name") or "StableDiffusionXLPipeline"
+    if not str(kind).startswith("StableDiffusionXL") or "Pix2Pix" in str(kind):
+        raise InputError(f"{path}: expected a pipeline of SDXL as StableDiffusionXLPipeline, found {kind!r:.60}")
     for name, value in index.items():
         is_known = name in CLASSES or name in INDEX or name.startswith("_")
         if not is_known and value not in (None, False, [None, None]):
@@ -200,10 +204,16 @@ def check_index(folder: Path, index: Json) -> None:
         if index[name] not in TOKENIZERS:
             raise InputError(f"{path}: expected {name} of CLIP's, found {index[name]}")
         settings = folder / name / "tokenizer_config.json"
-        found = read_json(settings).get("pad_token", token) if settings.is_file() else token
+        fields = read_json(settings) if settings.is_file() else {}
+        found = fields.get("pad_token", token)
         found = found.get("content") if isinstance(found, dict) else found
         if found != token:
             raise InputError(f"{settings}: expected the pad_token {token!r}, found {found!r}")
+        if fields.get("model_max_length", 77) != 77:
+            raise InputError(f"{settings}: expected model_max_length 77, found {fields['model_max_length']!r}")
+        added = folder / name / "added_tokens.json"
+        if more := sorted(set(read_json(added) if added.is_file() else ()) - KNOWN_TOKENS):
+            raise InputError(f"{added}: expected no tokens beyond CLIP's, found {', '.join(more[:4])}: remove the file")
 
 
 def require(path: Path, fields: Json, expected: Json, name: str) -> None:

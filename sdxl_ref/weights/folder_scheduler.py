@@ -8,6 +8,7 @@ the signatures of its scheduler classes.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sdxl_ref.config import Defaults, InputError
@@ -116,14 +117,19 @@ def read_scheduler(folder: Path) -> tuple[str, Defaults]:
     """
     index = read_json(folder / FOLDER_INDEX)
     is_base = index.get("text_encoder") not in (None, [None, None])
+    for entry in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
+        if type(index.get(entry)) not in (bool, NoneType):
+            raise InputError(f"{folder / FOLDER_INDEX}: expected {entry} true or false, found {index[entry]!r:.60}")
     zeros = bool(index.get("force_zeros_for_empty_prompt", True))  # diffusers' default, for a refiner too
     own_zeros = None if zeros == is_base else zeros
     path = folder / SCHEDULER_CONFIG
-    if not path.is_file():
-        return "epsilon", Defaults(zeros=own_zeros)
-    settings = read_json(path)
     named = index.get("scheduler")
-    name = named[1] if isinstance(named, list) and len(named) == 2 else settings.get("_class_name")
+    name = named[1] if isinstance(named, list) and len(named) == 2 else None
+    if not path.is_file():
+        missing = "" if name in (None, "EulerDiscreteScheduler") else f"{path} is missing, the settings of {name}"
+        return "epsilon", Defaults(zeros=own_zeros, refusal=missing)
+    settings = read_json(path)
+    name = name or settings.get("_class_name")
     return prediction_of(path, settings), replace(defaults_of(path, settings, str(name)), zeros=own_zeros)
 
 
@@ -149,7 +155,7 @@ def defaults_of(path: Path, settings: Json, name: str) -> Defaults:
     try:
         return Defaults(sampler=sampler_of(path, settings, scheduler), **levels_of(path, settings, name))
     except InputError as error:
-        return Defaults(refusal=str(error))
+        return Defaults(karras=settings.get("use_karras_sigmas") is True, refusal=str(error))
 
 
 def sampler_of(path: Path, settings: Json, scheduler: Scheduler) -> str:
@@ -173,6 +179,9 @@ def levels_of(path: Path, settings: Json, name: str) -> Json:
     """`spacing`, and perhaps `karras`, of the defaults: a name where a spacing of ours is the same, else the rule."""
     scheduler = SCHEDULERS[name]
     fields = {key: settings.get(key, own_default) for key, own_default in scheduler.honoured.items()}
+    for key, value in fields.items():
+        if key.startswith("use_") and type(value) not in (bool, NoneType):
+            raise InputError(f"{path}: expected {key} true or false, found {value!r:.60}")
     sigmas = [key for key in SIGMAS if fields.get(f"use_{key}_sigmas")]
     spacing = fields["timestep_spacing"]
     offset = fields["steps_offset"]

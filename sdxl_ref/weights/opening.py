@@ -34,7 +34,7 @@ def open_checkpoint(
     if isinstance(vae, str | Path):
         from sdxl_ref.weights.separate_vae import with_vae
 
-        return with_vae(checkpoint, Path(vae))
+        return with_vae(checkpoint, Path(vae), variant)
     return checkpoint
 
 

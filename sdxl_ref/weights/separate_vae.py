@@ -44,12 +44,12 @@ class WithVAE(Folder):
         return f"{', '.join(file.name for file in files)}, file sha256 {sha256_of(*files)}{name}"
 
 
-def with_vae(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+def with_vae(checkpoint: Checkpoint, path: Path, variant: str | None = None) -> Checkpoint:
     """The checkpoint with the autoencoder that lies at a path. InputError where there is none that fits.
 
     Its latents are scaled as its own configuration says; where it has none, as the checkpoint's.
     """
-    stored, own = read_vae(path)
+    stored, own = read_vae(path, variant)
     config = replace(checkpoint.config, vae=vae_config(stored, own, checkpoint.config, path))
     require_fit(config, path)
     prefix = prefixes(config)["vae"]
@@ -60,7 +60,7 @@ def with_vae(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     return WithVAE(checkpoint.path, config, shapes, *known, sources, checkpoint)
 
 
-def read_vae(path: Path) -> tuple[dict[str, Stored], VAEConfig | None]:
+def read_vae(path: Path, variant: str | None = None) -> tuple[dict[str, Stored], VAEConfig | None]:
     """The tensors at a path by their names there, without a prefix; and the configuration that lies beside them."""
     if not path.exists():
         raise InputError(f"no such file or folder: {path}: {EXPECTED}")
@@ -69,7 +69,7 @@ def read_vae(path: Path) -> tuple[dict[str, Stored], VAEConfig | None]:
     json = path / "config.json"
     if json.is_file():
         try:
-            return part_tensors(path, None), config_of_json(json, read_json(json))
+            return part_tensors(path, variant), config_of_json(json, read_json(json))
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise InputError(f"{json} lacks or garbles a field of an SDXL autoencoder ({error!r})") from error
     file = find_file(path)

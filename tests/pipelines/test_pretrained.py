@@ -95,7 +95,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"name": REFINER, "variant": "fp16", "local_files_only": True, "cache_dir": "empty"},
         "neither in the cache nor to be had from the hub",
     ),
-    "no such variant": ({"name": REFINER}, "expected weights as safetensors in"),
+    "no such variant": ({"name": REFINER, "variant": "fp8"}, "there are the variants fp16: name one"),
+    "the only variant": ({"name": REFINER}, "opened"),
     "a base": (
         {"name": BASE, "variant": "fp16"},
         "expected a refiner (one text encoder, aesthetic score), found an SDXL base",

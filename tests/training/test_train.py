@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 from training_runs import command, save_model, save_pictures
 
 from sdxl_ref.cli import main
+from sdxl_ref.commands.train import open_model
 from sdxl_ref.training.state import locked
+from sdxl_ref.weights.checkpoint import CONFIG_KEY
+from sdxl_ref.weights.opening import POCKET, open_checkpoint
+from sdxl_ref.weights.stated_config import config_from_json
 from weights_convert.convert import convert
 
 
@@ -230,3 +234,15 @@ def test_captions_beside_the_pictures_train_as_lines_do(
     assert "note: captions are those of 4 text files (0.txt, 1.txt, 2.txt, …)" in capsys.readouterr().out
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_a_model_that_returns_v_by_its_folders_settings_says_so_in_the_result(tmp_path: Path) -> None:
+    """A fine-tuned file takes over the metadata, and has no scheduler to say it."""
+    convert(POCKET["pocket-refiner"], tmp_path / "folder", "diffusers")
+    path = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    model = open_model(str(tmp_path / "folder"), None, None)
+    assert model.config.prediction == "v"
+    assert model.metadata["modelspec.prediction_type"] == "v"
+    assert config_from_json(model.metadata[CONFIG_KEY]).prediction == "v"
+    assert open_model("pocket-refiner", None, None).metadata == open_checkpoint("pocket-refiner").metadata
