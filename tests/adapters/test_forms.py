@@ -176,8 +176,7 @@ def test_an_adapter_on_everything_comes_back(kind: str, form: str, dtype: torch.
         assert peers.distance(changes[key], expected[key]) <= 1e-6, key
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "form"), diagonal([*CONFIGS], [*FORMS]))
 def test_a_change_of_a_stacked_matrix_comes_back(kind: str, form: str, tmp_path: Path) -> None:
     """Some tools adapt q, k and v as the one matrix that they are here."""
     config = CONFIGS[kind]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import sample
 from checkpoints import (
     CONFIGS,
     LOGIT_SCALE,
@@ -232,7 +233,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sample(RUNS, "refine", "generate, the refiner"))
 def test_a_picture_names_the_file_that_painted_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import diagonal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -44,8 +45,7 @@ def test_open_clips_own_file_takes_the_place(official: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("own", [2.5, None], ids=["with a scale", "without"])
-@pytest.mark.parametrize("there", [True, False], ids=["into one with", "into one without"])
-@pytest.mark.parametrize("to", ["official", "diffusers"])
+@pytest.mark.parametrize(("there", "to"), diagonal([True, False], ["official", "diffusers"]))
 def test_open_clips_scale_is_carried_where_it_has_one(
     small_refiner_file: Path, tmp_path: Path, own: float | None, there: bool, to: str
 ) -> None:
