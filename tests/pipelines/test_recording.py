@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,13 @@ def test_settings_that_are_no_json_do_not_cost_the_picture() -> None:
 @pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
 def test_other_results_carry_none(output_type: str) -> None:
     assert not hasattr(pairs.base()(**SHORT, output_type=output_type, generator=seeded(0)).images, "info")
+
+
+def test_both_models_of_an_ensemble_say_how_they_are_run() -> None:
+    """Each has its own prediction, and its own negative side where no negative prompt is given."""
+    pipe = pairs.ensemble()
+    pipe.refiner.config = replace(pipe.refiner.config, prediction="v")
+    [picture] = pipe(**SHORT | {"num_inference_steps": 10}, generator=seeded(1)).images
+    made = recorded(picture)
+    assert (made["prediction"], made["refiner_prediction"]) == ("epsilon", "v")
+    assert (made["unconditional"], made["refiner_unconditional"]) == ("zeros", "empty prompt encoded")

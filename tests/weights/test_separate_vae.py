@@ -14,7 +14,7 @@ from cases import sample
 from checkpoints import REFINER, metadata, parts_of, sparse_file, write
 from command_line import Refine, assert_one_line, pixels, settings
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdxl_ref import DiffusionPipeline, EnsemblePipeline, ImageToImagePipeline
@@ -290,3 +290,14 @@ def test_convert_completes_a_file(pocket_vae: dict[str, Path], tmp_path: Path) -
     expected = load_file(POCKET["pocket-refiner"])
     found = load_file(tmp_path / "whole.safetensors")
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_variant_is_that_of_the_vae_too(files: dict[str, Path], tmp_path: Path) -> None:
+    """A folder with a plain file and one of fp16, of other values."""
+    convert(files["refiner"], tmp_path / "both", "diffusers")
+    [plain] = (tmp_path / "both" / "vae").glob("*.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(plain).items()}
+    save_file(zeros, plain.with_name(f"{plain.stem}.fp16.safetensors"))
+    for variant, is_zero in (("fp16", True), (None, False)):
+        found = open_checkpoint(files["refiner"], vae=tmp_path / "both", variant=variant).load("vae")
+        assert all(not tensor.any() for tensor in found.state_dict().values()) is is_zero
