@@ -13,7 +13,7 @@ import torch
 
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
 from sdxl_ref.diffusion.schedule import NoiseSchedule
-from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, prefixes
+from sdxl_ref.weights.checkpoint import CONFIG_KEY, SETTINGS_KEY, Checkpoint, prefixes
 from sdxl_ref.weights.folder import EXTRAS_FILE, Folder
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.lone_parts import LonePart, find_lone_part, open_part
@@ -26,7 +26,7 @@ from weights_convert.entries import Report as Report
 from weights_convert.entries import entry as entry
 from weights_convert.entries import lines_on_the_rest, part_entries, progress_bar
 from weights_convert.entries import save as save
-from weights_convert.folder_settings import SETTINGS_KEY, configurations_for, in_words, tokenizers_of, unusual_settings
+from weights_convert.folder_settings import configurations_for, in_words, tokenizers_of, unusual_settings
 from weights_convert.lone_parts import Part, part_of, part_to_file, part_to_folder
 from weights_convert.parts import separate_part
 from weights_convert.stream import HASH_KEY, Entry, total, write_file
@@ -154,8 +154,8 @@ def metadata_for(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
             metadata[SETTINGS_KEY] = json.dumps(settings)
             words = in_words(settings, checkpoint.config)
             report.lines.append(
-                f"an official file has no place for the folder's {words}: kept in the metadata for a folder; give them"
-                " as options where the file is used"
+                f"an official file has no place for the folder's {words}: kept in its metadata, where sdxl-ref reads"
+                " them; other tools want them as their own options"
             )
     return metadata
 

@@ -4,18 +4,17 @@ An official file has no place for a folder's scheduler or for its rule of the em
 of SD-XL 1.0 they go into the file's metadata, so that the way back finds them, and the report says so.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.config import ModelConfig
 from sdxl_ref.weights.checkpoint import Checkpoint
-from sdxl_ref.weights.folder_config import CLASSES, read_json
-from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG
+from sdxl_ref.weights.folder_config import CLASSES
+from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG, kept_files
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 from weights_convert.folder_files import ABSENT, Json, configurations
 
-SETTINGS_KEY = "sdxl_ref.folder"  # in a file's metadata: these files of the folder that it was made of
 OF_NO_EFFECT = {  # on Euler: fields of other schedulers are carried along
     "_diffusers_version",
     "_name_or_path",
@@ -36,22 +35,10 @@ def configurations_for(checkpoint: Checkpoint, replaced: dict[str, Json], report
     """
     usual = configurations(checkpoint.config)
     if not checkpoint.path.is_dir():
-        return usual | with_class(settings_in(checkpoint), usual)
+        return usual | with_class(kept_files(str(checkpoint.path), checkpoint.metadata), usual)
     own = {name: read_json(checkpoint.path / name) for name in usual if (checkpoint.path / name).is_file()}
     own[FOLDER_INDEX] = without_strangers(own[FOLDER_INDEX], report)
     return usual | own | replaced
-
-
-def settings_in(checkpoint: Checkpoint) -> dict[str, Json]:
-    """The files that a file's metadata keep. InputError where they are none."""
-    text = checkpoint.metadata.get(SETTINGS_KEY, "{}")
-    try:
-        settings = dict(json.loads(text))
-        return {name: dict(settings[name]) for name in (FOLDER_INDEX, SCHEDULER_CONFIG) if name in settings}
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{checkpoint.path}: expected {SETTINGS_KEY} as written by a conversion, found {text[:60]!r}"
-        ) from error
 
 
 def with_class(settings: Mapping[str, Json], usual: Mapping[str, Json]) -> dict[str, Json]:
@@ -86,11 +73,13 @@ def unusual_settings(checkpoint: Checkpoint) -> dict[str, Json]:
     usual = configurations(checkpoint.config)
     settings = {}
     scheduler = checkpoint.path / SCHEDULER_CONFIG
+    index = read_json(checkpoint.path / FOLDER_INDEX)
     if scheduler.is_file():
         own = read_json(scheduler)
+        if isinstance(index.get("scheduler"), list):
+            own["_class_name"] = index["scheduler"][-1]  # the index decides
         if significant(own) != significant(usual[SCHEDULER_CONFIG]):
             settings[SCHEDULER_CONFIG] = own
-    index = read_json(checkpoint.path / FOLDER_INDEX)
     fields = {
         name: index[name]
         for name in INDEX_FIELDS

@@ -14,7 +14,7 @@ import torch
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, prefixes
 from sdxl_ref.weights.folder import EXTRAS_FILE, Folder
-from sdxl_ref.weights.folder_config import read_json
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.lone_parts import PREFIX_KEY, LonePart
 from sdxl_ref.weights.report import dtypes_of, sources_of

@@ -26,6 +26,7 @@ from sdxl_ref.weights.saving import PREFIX, replacing
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale")  # fields of a request
 SAMPLING = ("sampler", "spacing", "karras", *SAMPLER_OPTIONS)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures that are written
+VARIANT = "fp16: read files such as model.fp16.safetensors of a folder or a repository"
 SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
 
 
@@ -34,7 +35,7 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
     p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own, or euler")
     add_request_options(p, Request, *GUIDANCE, *(name for name in SAMPLING if name != "sampler"))
-    p.add_argument("--variant", help="fp16: read files such as model.fp16.safetensors of a folder or a repository")
+    p.add_argument("--variant", help=VARIANT)
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sdxl_ref.commands.common import pick_device, seed
+from sdxl_ref.commands.common import VARIANT, pick_device, seed
 from sdxl_ref.commands.kept import check_apart
 from sdxl_ref.config import PREDICTIONS, SDXL, InputError
 from sdxl_ref.training.adapters import Choice, attach, chosen
@@ -82,7 +82,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--ema", type=float, default=0.0, help="decay of averaged weights, which are then the result; 0: none"
     )
     p.add_argument("--timesteps", type=int, nargs=2, metavar=("FIRST", "LAST"), help="(refiner 0 199, base 0 999)")
-    p.add_argument("--variant", help="fp16: read files such as model.fp16.safetensors of a folder or a repository")
+    p.add_argument("--variant", help=VARIANT)
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--weighting", default="uniform", choices=tuple(WEIGHTINGS), help="of the loss by noise level")
     p.add_argument("--drop-captions", type=float, default=0.1, help="share of captions that are dropped, for guidance")

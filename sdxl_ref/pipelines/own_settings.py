@@ -29,21 +29,18 @@ def not_used(request: Any, defaults: Defaults, refiner: Defaults) -> str:
     """What a refiner's own settings would decide in a run of its own, and the base's do in an ensemble."""
     if refiner.refusal and None in (request.sampler, request.spacing):
         return f"; not used: the refiner's own scheduler ({refiner.refusal})"
-    settings = []
-    for name in STEPPING:
-        own = getattr(refiner, name)
-        if getattr(request, name) is None and own not in (getattr(SDXL, name), getattr(defaults, name)):
-            settings.append(f"{name} {own}")
-    return f"; not used: the refiner's own {', '.join(settings)}" if settings else ""
+    settings = decided(STEPPING, request, refiner, SDXL, defaults)
+    return f"; not used: the refiner's own {settings}" if settings else ""
 
 
 def left_open(request: Any, defaults: Defaults) -> str:
     """What the settings decide, where they are not SDXL's, as a plan tells it."""
-    settings = []
-    for name in ("sampler", "spacing", "karras", "zeros"):
-        own = getattr(defaults, name)
-        if name == "zeros" and (not request.guided or request.negative_prompt is not None):
-            continue
-        if getattr(request, name, None) is None and own != getattr(SDXL, name):
-            settings.append(f"{name} {own}")
-    return f"; the model's own: {', '.join(settings)}" if settings else ""
+    empty_prompt = ("zeros",) if request.guided and request.negative_prompt is None else ()
+    settings = decided((*STEPPING, *empty_prompt), request, defaults, SDXL)
+    return f"; the model's own: {settings}" if settings else ""
+
+
+def decided(names: tuple[str, ...], request: Any, own: Defaults, *others: Defaults) -> str:
+    """The settings of a model that a request leaves open and that none of the others has, in words."""
+    unlike = [name for name in names if getattr(own, name) not in [getattr(other, name) for other in others]]
+    return ", ".join(f"{name} {getattr(own, name)}" for name in unlike if getattr(request, name, None) is None)

@@ -48,7 +48,7 @@ def merges() -> tuple[tuple[str, str], ...]:
 
 
 @cache
-def _tokens() -> dict[int, str]:
+def tokens() -> dict[int, str]:
     """The 49,408 tokens: the bytes' letters, the same at the end of a word, the joined pairs, the special ones."""
     return dict(enumerate([*LETTERS, *(letter + END_OF_WORD for letter in LETTERS), *map("".join, merges()), *SPECIAL]))
 
@@ -56,7 +56,7 @@ def _tokens() -> dict[int, str]:
 @cache
 def _joined() -> dict[tuple[int, int], int]:
     """The ids of two neighbours -> the id of the token that they make."""
-    ids = {token: i for i, token in _tokens().items()}
+    ids = {token: i for i, token in tokens().items()}
     return {(ids[left], ids[right]): ids[left + right] for left, right in merges()}
 
 
@@ -69,7 +69,7 @@ def encode(text: str) -> list[int]:
 
 def decode(ids: Iterable[int]) -> str:
     """Ids -> text with a space after each word, U+FFFD for bytes that are no UTF-8. KeyError on an unknown id."""
-    letters = "".join(_tokens()[i] for i in ids)
+    letters = "".join(tokens()[i] for i in ids)
     return bytes(BYTES[LETTERS.index(letter)] for letter in letters).decode(errors="replace").replace(END_OF_WORD, " ")
 
 

@@ -26,6 +26,7 @@ from sdxl_ref.weights.tensor_files import Header, open_tensors, sha256_of, stamp
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a pipeline; a refiner has no text_encoder
 CONFIG_KEY = "sdxl_ref.config"  # where a file's metadata carries the configuration of a small model
+SETTINGS_KEY = "sdxl_ref.folder"  # and how a folder said that its model is run, from which it was converted
 EXTRAS = re.compile(  # what files may carry besides the weights, and no network of ours reads
     r"denoiser\.sigmas|(first_stage_model\.)?model_ema\..*|first_stage_model\.loss\..*|"
     r"conditioner\.embedders\.\d+\.model\.attn_mask|(.*\.)?(position_ids|logit_scale)|"
@@ -194,7 +195,7 @@ def is_plain(config: ModelConfig, headers: Mapping[str, Header], metadata: Mappi
         from sdxl_ref.weights.stated_config import misfit
 
         is_float = is_float and not misfit(config)
-    return shapes == expected and is_float and predictions == {config.prediction}
+    return shapes == expected and is_float and predictions == {config.prediction} and SETTINGS_KEY not in metadata
 
 
 @lru_cache(maxsize=8)

@@ -16,8 +16,9 @@ from torch import Tensor
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
 from sdxl_ref.weights.fitting import check, is_extra
-from sdxl_ref.weights.folder_config import model_config, read_json
+from sdxl_ref.weights.folder_config import model_config
 from sdxl_ref.weights.folder_scheduler import read_scheduler
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.tensor_files import PICKLES, Header, open_tensors, read_headers, read_metadata
 
@@ -89,8 +90,9 @@ def open_folder(folder: Path, variant: str | None = None) -> Folder:
     InputError for another architecture, missing or damaged files, an index that points elsewhere, and as
     `open_checkpoint` raises it.
     """
-    prediction, defaults = read_scheduler(folder)
-    config = replace(model_config(folder), prediction=prediction)
+    config = model_config(folder)
+    prediction, defaults = read_scheduler(folder, config.kind)
+    config = replace(config, prediction=prediction)
     sources: dict[str, Source] = {}
     unexpected: dict[str, tuple[int, ...]] = {}
     notes = [] if prediction == "epsilon" else [f"the UNet returns {prediction}, by the scheduler's settings"]

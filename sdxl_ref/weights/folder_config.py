@@ -5,13 +5,14 @@ is refused. Source: the `config.json` of `UNet2DConditionModel`, `AutoencoderKL`
 (transformers), and the constructors of the SDXL pipelines.
 """
 
-import json
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sdxl_ref.config import InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from sdxl_ref.weights.fitting import require_fit
-from sdxl_ref.weights.regular import check_regular
+from sdxl_ref.weights.folder_tokenizer import check_tokenizers
+from sdxl_ref.weights.json_files import Json, read_json
 from sdxl_ref.weights.strangers import require_no_other_part
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
@@ -70,40 +71,49 @@ VAE = {
     "use_quant_conv": True,
 }
 TEXT = {"layer_norm_eps": 1e-5, "max_position_embeddings": 77, "model_type": "clip_text_model", "vocab_size": 49408}
-SIZES = {  # fields that are read, by class
-    "UNet2DConditionModel": (
-        "attention_head_dim",
-        "block_out_channels",
-        "cross_attention_dim",
-        "down_block_types",
-        "in_channels",
-        "layers_per_block",
-        "out_channels",
-        "projection_class_embeddings_input_dim",
-        "sample_size",
-        "transformer_layers_per_block",
-        "up_block_types",
-    ),
-    "AutoencoderKL": (
-        "block_out_channels",
-        "down_block_types",
-        "in_channels",
-        "latent_channels",
-        "layers_per_block",
-        "out_channels",
-        "scaling_factor",
-        "up_block_types",
-    ),
-    "CLIPTextModel": (
-        "eos_token_id",
-        "hidden_act",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "projection_dim",
-    ),
+NUMBER = "a whole number above 0"
+NUMBERS = "a list of whole numbers above 0"
+EITHER = "a whole number above 0, or a list of them"
+DEPTHS = "a whole number, or a list of them"
+NAME = "a name"
+NAMES = "a list of names"
+FACTOR = "a number"
+SIZES = {  # fields that are read, by class, and what each has to be
+    "UNet2DConditionModel": {
+        "attention_head_dim": EITHER,
+        "block_out_channels": NUMBERS,
+        "cross_attention_dim": NUMBER,
+        "down_block_types": NAMES,
+        "in_channels": NUMBER,
+        "layers_per_block": NUMBER,
+        "out_channels": NUMBER,
+        "projection_class_embeddings_input_dim": NUMBER,
+        "sample_size": NUMBER,
+        "transformer_layers_per_block": DEPTHS,
+        "up_block_types": NAMES,
+    },
+    "AutoencoderKL": {
+        "block_out_channels": NUMBERS,
+        "down_block_types": NAMES,
+        "in_channels": NUMBER,
+        "latent_channels": NUMBER,
+        "layers_per_block": NUMBER,
+        "out_channels": NUMBER,
+        "scaling_factor": FACTOR,
+        "up_block_types": NAMES,
+    },
+    "CLIPTextModel": {
+        "eos_token_id": NUMBER,
+        "hidden_act": NAME,
+        "hidden_size": NUMBER,
+        "intermediate_size": NUMBER,
+        "num_attention_heads": NUMBER,
+        "num_hidden_layers": NUMBER,
+        "projection_dim": NUMBER,
+    },
 }
+MAY_LACK = {"sample_size", "up_block_types", "eos_token_id", "intermediate_size"}  # SDXL's is meant
+ACTIVATIONS = ("gelu", "quick_gelu")
 NO_EFFECT = {  # fields that change nothing here, by class, and why
     "UNet2DConditionModel": {
         "addition_embed_type_num_heads": "of the addition_embed_type text",
@@ -142,22 +152,7 @@ INDEX = (  # of `model_index.json`, besides the networks'
     "tokenizer",
     "tokenizer_2",
 )
-TOKENIZERS = (["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"])
-KNOWN_TOKENS = {"<|startoftext|>", "<|endoftext|>", "!"}
-PADDING = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
-Json = dict[str, Any]
-
-
-def read_json(path: Path) -> Json:
-    """An object from a JSON file. InputError where it is none."""
-    check_regular(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected a JSON file {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"expected a JSON object in {path}, found {type(value).__name__}")
-    return value
+FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -172,15 +167,51 @@ def model_config(folder: Path) -> ModelConfig:
     check_index(folder, index)
     paths = {part: folder / part / "config.json" for part in parts}
     configs = {part: read_json(path) for part, path in paths.items()}
+    built = {part: part_config(part, paths[part], configs[part]) for part in parts}
+    encoders = tuple(built[part] for part in parts if part.startswith("text"))
+    resolution = 8 * (configs["unet"].get("sample_size") or 128)
     try:
-        unet = unet_config(paths["unet"], configs["unet"])
-        vae = vae_config(paths["vae"], configs["vae"])
-        encoders = tuple(text_config(paths[part], configs[part]) for part in parts if part.startswith("text"))
-        config = ModelConfig(unet, encoders, vae, 8 * int(configs["unet"].get("sample_size", 128)))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{folder}: a config.json lacks or garbles a field of an SDXL model ({error!r})") from error
+        config = ModelConfig(built["unet"], encoders, built["vae"], resolution)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
     require_fit(config, folder)
     return config
+
+
+def part_config(part: str, path: Path, fields: Json) -> Any:
+    """The sizes of one part, from its `config.json`. InputError as `model_config` raises it."""
+    build = {"unet": unet_config, "vae": vae_config}.get(part, text_config)
+    require_kinds(path, fields, CLASSES[part][1].removesuffix("WithProjection"))
+    try:
+        return build(path, fields)
+    except InputError as error:
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def require_kinds(path: Path, fields: Json, name: str) -> None:
+    """InputError where a field that is read is missing, or is of another kind than a class has it."""
+    for key, kind in SIZES[name].items():
+        if fields.get(key) is None and key in MAY_LACK:
+            continue
+        if not is_a(kind, fields.get(key)):
+            found = f"found {fields[key]!r:.60}" if key in fields else "which is missing"
+            raise InputError(f"{path} is not SDXL's: expected {key} to be {kind}, {found}")
+
+
+def is_a(kind: str, value: Any) -> bool:
+    """Whether a value of a configuration is of one of the kinds above."""
+    if kind == FACTOR:
+        return type(value) in (int, float)
+    if kind in (NAME, NAMES):
+        return all(isinstance(one, str) for one in as_list(value)) and isinstance(value, list) == (kind == NAMES)
+    is_right_form = {NUMBER: (int,), NUMBERS: (list,)}.get(kind, (int, list))
+    least = 0 if kind == DEPTHS else 1
+    return type(value) in is_right_form and all(type(one) is int and one >= least for one in as_list(value))
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, anything else as its one element; an empty list as one that holds nothing of use."""
+    return (value or [None]) if isinstance(value, list) else [value]
 
 
 def check_index(folder: Path, index: Json) -> None:
@@ -193,27 +224,19 @@ def check_index(folder: Path, index: Json) -> None:
         is_known = name in CLASSES or name in INDEX or name.startswith("_")
         if not is_known and value not in (None, False, [None, None]):
             raise InputError(f"{path}: {name} {value!r} is not understood: this opens SDXL's base and refiner alone")
-    is_refiner = index.get("text_encoder") in (None, [None, None])
-    scored = index.get("requires_aesthetics_score", is_refiner)
-    if scored != is_refiner:
-        kind = "refiner has" if is_refiner else "base has no"
-        raise InputError(f"{path}: requires_aesthetics_score is {scored}, but an SDXL {kind} aesthetic score")
-    for name, token in PADDING.items():
-        if index.get(name) in (None, [None, None]):
-            continue
-        if index[name] not in TOKENIZERS:
-            raise InputError(f"{path}: expected {name} of CLIP's, found {index[name]}")
-        settings = folder / name / "tokenizer_config.json"
-        fields = read_json(settings) if settings.is_file() else {}
-        found = fields.get("pad_token", token)
-        found = found.get("content") if isinstance(found, dict) else found
-        if found != token:
-            raise InputError(f"{settings}: expected the pad_token {token!r}, found {found!r}")
-        if fields.get("model_max_length", 77) != 77:
-            raise InputError(f"{settings}: expected model_max_length 77, found {fields['model_max_length']!r}")
-        added = folder / name / "added_tokens.json"
-        if more := sorted(set(read_json(added) if added.is_file() else ()) - KNOWN_TOKENS):
-            raise InputError(f"{added}: expected no tokens beyond CLIP's, found {', '.join(more[:4])}: remove the file")
+    check_flags(path, index, "refiner" if index.get("text_encoder") in (None, [None, None]) else "base")
+    check_tokenizers(folder, index)
+
+
+def check_flags(where: object, index: Json, kind: str) -> None:
+    """InputError unless the two switches of a pipeline are true, false or left out, as this kind of model has them."""
+    for name in FLAGS:
+        if type(index.get(name)) not in (bool, NoneType):
+            raise InputError(f"{where}: expected {name} true or false, found {index[name]!r:.60}")
+    scored = index.get("requires_aesthetics_score")
+    if scored not in (None, kind == "refiner"):
+        has = "refiner has an" if kind == "refiner" else "base has no"
+        raise InputError(f"{where}: requires_aesthetics_score is {scored}, but an SDXL {has} aesthetic score")
 
 
 def require(path: Path, fields: Json, expected: Json, name: str) -> None:
@@ -279,6 +302,8 @@ def text_config(path: Path, c: Json) -> TextEncoderConfig:
     require(path, c, TEXT | {"intermediate_size": 4 * c["hidden_size"]}, "CLIPTextModel")
     if c.get("eos_token_id", END_OF_TEXT[0]) not in END_OF_TEXT:
         raise InputError(f"{path} is not SDXL's: expected eos_token_id 2 or 49407, found {c['eos_token_id']!r}")
+    if c["hidden_act"] not in ACTIVATIONS:
+        raise InputError(f"{path}: expected hidden_act {' or '.join(ACTIVATIONS)}, found {c['hidden_act']!r:.60}")
     return TextEncoderConfig(
         width=c["hidden_size"],
         heads=c["num_attention_heads"],

@@ -5,6 +5,7 @@ that is missing has the class's own default, as in diffusers. Source: `Scheduler
 the signatures of its scheduler classes.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 from sdxl_ref.config import Defaults, InputError
 from sdxl_ref.diffusion.scheduler_levels import SIGMAS, SchedulerLevels
-from sdxl_ref.weights.folder_config import Json, read_json
+from sdxl_ref.weights.checkpoint import SETTINGS_KEY
+from sdxl_ref.weights.folder_config import check_flags
+from sdxl_ref.weights.json_files import Json, read_json
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -26,6 +29,7 @@ TRAINING = {  # of the training schedule: what every class needs of SDXL, and it
     "trained_betas": (None, None),
     "rescale_betas_zero_snr": (False, False),
 }
+SPACINGS = {name: name for name in ("leading", "trailing", "linspace")}
 OTHER_SIGMAS = {f"use_{name}_sigmas": False for name in SIGMAS}
 OF_NO_EFFECT = {  # without what they belong to, which is refused
     "dynamic_thresholding_ratio": "of thresholding",
@@ -110,103 +114,124 @@ SCHEDULERS = {
 ALGORITHMS = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
 
 
-def read_scheduler(folder: Path) -> tuple[str, Defaults]:
-    """What the UNet of a folder returns ("epsilon" or "v"), and how its pipeline is run.
+def read_scheduler(folder: Path, kind: str) -> tuple[str, Defaults]:
+    """What the UNet of a folder returns ("epsilon" or "v"), and how the pipeline of a base or refiner is run.
 
     A folder without settings of a scheduler is run in SDXL's own way. InputError for another training schedule.
     """
-    index = read_json(folder / FOLDER_INDEX)
-    is_base = index.get("text_encoder") not in (None, [None, None])
-    for entry in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
-        if type(index.get(entry)) not in (bool, NoneType):
-            raise InputError(f"{folder / FOLDER_INDEX}: expected {entry} true or false, found {index[entry]!r:.60}")
-    zeros = bool(index.get("force_zeros_for_empty_prompt", True))  # diffusers' default, for a refiner too
-    own_zeros = None if zeros == is_base else zeros
     path = folder / SCHEDULER_CONFIG
+    return run_as(path, read_json(folder / FOLDER_INDEX), read_json(path) if path.is_file() else None, kind)
+
+
+def kept_settings(file: Path, metadata: Mapping[str, str], kind: str) -> tuple[str, Defaults]:
+    """The same of a file whose metadata keep these two files of the folder that it was converted from."""
+    where = f"{file}, {SETTINGS_KEY} in the metadata"
+    kept = kept_files(where, metadata)
+    index = kept.get(FOLDER_INDEX, {})
+    check_flags(where, index, kind)
+    return run_as(where, index, kept.get(SCHEDULER_CONFIG), kind)
+
+
+def kept_files(where: str, metadata: Mapping[str, str]) -> dict[str, Json]:
+    """The two files of a folder, or one of them, that a file's metadata keep. InputError where they are none."""
+    text = metadata.get(SETTINGS_KEY, "{}")
+    try:
+        files = dict(json.loads(text))
+        return {name: dict(files[name]) for name in (FOLDER_INDEX, SCHEDULER_CONFIG) if name in files}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{where}: expected settings as a conversion writes them, found {text!r:.60}") from error
+
+
+def run_as(where: object, index: Json, settings: Json | None, kind: str) -> tuple[str, Defaults]:
+    """What a UNet returns, and how its pipeline is run, by an index and the settings of the scheduler it names."""
+    zeros = index.get("force_zeros_for_empty_prompt") is not False  # diffusers' default, for a refiner too
+    own_zeros = None if zeros == (kind == "base") else zeros
     named = index.get("scheduler")
     name = named[1] if isinstance(named, list) and len(named) == 2 else None
-    if not path.is_file():
-        missing = "" if name in (None, "EulerDiscreteScheduler") else f"{path} is missing, the settings of {name}"
+    if settings is None:
+        missing = "" if name in (None, "EulerDiscreteScheduler") else f"{where} is missing, the settings of {name}"
         return "epsilon", Defaults(zeros=own_zeros, refusal=missing)
-    settings = read_json(path)
     name = name or settings.get("_class_name")
-    return prediction_of(path, settings), replace(defaults_of(path, settings, str(name)), zeros=own_zeros)
+    return prediction_of(where, settings), replace(defaults_of(where, settings, name), zeros=own_zeros)
 
 
-def prediction_of(path: Path, settings: Json) -> str:
+def prediction_of(where: object, settings: Json) -> str:
     """What the UNet returns, by the settings. InputError for another training schedule than SDXL's."""
     for name, (needed, own_default) in TRAINING.items():
-        require_setting(path, settings, name, needed, own_default)
-    prediction = settings.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise InputError(f"{path}: expected prediction_type {' or '.join(PREDICTIONS)}, found {prediction!r}")
-    return PREDICTIONS[prediction]
+        require_setting(where, settings, name, needed, own_default)
+    return chosen(where, settings, "prediction_type", "epsilon", PREDICTIONS)
 
 
-def defaults_of(path: Path, settings: Json, name: str) -> Defaults:
+def defaults_of(where: object, settings: Json, name: object) -> Defaults:
     """How a model is run that has a scheduler of this class, with these settings.
 
     What only stands in the way of the sampler is a `refusal`, since a request may name another sampler.
     """
-    if name not in SCHEDULERS:
-        have = ", ".join(SCHEDULERS)
-        return Defaults(refusal=f"{path}: the scheduler {name} has no sampler here (there are those of {have})")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        found = (
+            "no class of a scheduler is named" if name is None else f"the scheduler {name!s:.60} has no sampler here"
+        )
+        return Defaults(refusal=f"{where}: {found} (there are those of {', '.join(SCHEDULERS)})")
     scheduler = SCHEDULERS[name]
     try:
-        return Defaults(sampler=sampler_of(path, settings, scheduler), **levels_of(path, settings, name))
+        return Defaults(sampler=sampler_of(where, settings, scheduler), **levels_of(where, settings, name))
     except InputError as error:
         return Defaults(karras=settings.get("use_karras_sigmas") is True, refusal=str(error))
 
 
-def sampler_of(path: Path, settings: Json, scheduler: Scheduler) -> str:
+def sampler_of(where: object, settings: Json, scheduler: Scheduler) -> str:
     """The sampler that computes the same. InputError for a setting that it does not know, or does otherwise."""
     for name, (needed, own_default) in scheduler.needs.items():
-        require_setting(path, settings, name, needed, own_default)
+        require_setting(where, settings, name, needed, own_default)
     known = {name for other in SCHEDULERS.values() for name in (*other.honoured, *other.needs)}
     known |= {*TRAINING, *OF_NO_EFFECT, "prediction_type"}
     for name, value in settings.items():
         if name not in known and not name.startswith("_") and value not in (None, False):
-            raise InputError(f"{path}: the setting {name} {value!r} is not understood")
+            raise InputError(f"{where}: the setting {name} {value!r} is not understood")
     if "algorithm_type" not in scheduler.honoured:
         return scheduler.sampler
-    algorithm = settings.get("algorithm_type", scheduler.honoured["algorithm_type"])
-    if algorithm not in ALGORITHMS:
-        raise InputError(f"{path}: expected algorithm_type {' or '.join(ALGORITHMS)}, found {algorithm!r}")
-    return ALGORITHMS[algorithm]
+    return chosen(where, settings, "algorithm_type", scheduler.honoured["algorithm_type"], ALGORITHMS)
 
 
-def levels_of(path: Path, settings: Json, name: str) -> Json:
+def levels_of(where: object, settings: Json, name: str) -> Json:
     """`spacing`, and perhaps `karras`, of the defaults: a name where a spacing of ours is the same, else the rule."""
     scheduler = SCHEDULERS[name]
     fields = {key: settings.get(key, own_default) for key, own_default in scheduler.honoured.items()}
     for key, value in fields.items():
         if key.startswith("use_") and type(value) not in (bool, NoneType):
-            raise InputError(f"{path}: expected {key} true or false, found {value!r:.60}")
+            raise InputError(f"{where}: expected {key} true or false, found {value!r:.60}")
     sigmas = [key for key in SIGMAS if fields.get(f"use_{key}_sigmas")]
-    spacing = fields["timestep_spacing"]
+    spacing = chosen(where, fields, "timestep_spacing", "", SPACINGS)
     offset = fields["steps_offset"]
-    is_spacing = spacing in ("leading", "trailing", "linspace")
-    if not is_spacing or type(offset) is not int or not 0 <= offset < 1000 or len(sigmas) > 1:
-        found = f"timestep_spacing {spacing!r}, steps_offset {offset!r}, {' and '.join(sigmas) or 'no other'} sigmas"
-        raise InputError(f"{path}: expected one spacing and one rule of sigmas, found {found}")
+    if type(offset) not in (int, float) or offset not in range(1000):
+        raise InputError(f"{where}: expected steps_offset a whole number from 0 to 999, found {offset!r:.60}")
+    if len(sigmas) > 1:
+        raise InputError(f"{where}: expected one rule of sigmas, found {' and '.join(sigmas)}")
     final = fields.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
-        raise InputError(f"{path}: expected final_sigmas_type zero or sigma_min, found {final!r}")
+        raise InputError(f"{where}: expected final_sigmas_type zero or sigma_min, found {final!r}")
     if scheduler.family == "ddim" and spacing == "linspace":
-        raise InputError(f"{path}: {name} with the spacing linspace steps between levels that it does not visit")
+        raise InputError(f"{where}: {name} with the spacing linspace steps between levels that it does not visit")
     ends_at_zero = final == "zero" and bool(fields.get("set_alpha_to_one", True))
     if scheduler.family == "multistep" and not ends_at_zero:
-        raise InputError(f"{path}: {name} with final_sigmas_type sigma_min is not to be had")
-    rule = SchedulerLevels(name, scheduler.family, spacing, offset, "".join(sigmas), ends_at_zero)
-    is_ours = scheduler.family == "euler" and ends_at_zero and rule.sigmas in ("", "karras")
-    if is_ours and (spacing != "leading" or offset == 1):
+        raise InputError(f"{where}: {name} with final_sigmas_type sigma_min is not to be had")
+    rule = SchedulerLevels(name, scheduler.family, spacing, int(offset), "".join(sigmas), ends_at_zero)
+    if scheduler.family == "euler" and ends_at_zero and rule.sigmas in ("", "karras") and offset == 1:
         return {"spacing": spacing, "karras": rule.karras}
     return {"spacing": rule}
 
 
-def require_setting(path: Path, settings: Json, name: str, needed: Any, own_default: Any) -> None:
+def chosen(where: object, settings: Json, name: str, own_default: str, meanings: Mapping[str, str]) -> str:
+    """What the word of a setting means. InputError for another word."""
+    word = settings.get(name, own_default)
+    if not isinstance(word, str) or word not in meanings:
+        raise InputError(f"{where}: expected {name} {' or '.join(meanings)}, found {word!r:.60}")
+    return meanings[word]
+
+
+def require_setting(where: object, settings: Json, name: str, needed: Any, own_default: Any) -> None:
     """InputError where a setting, or its default where it is missing, is not what is computed here."""
     value = settings.get(name, own_default)
     if (value or None) != (needed or None):
         absent = "" if name in settings else " (it is missing, and diffusers takes this)"
-        raise InputError(f"{path}: expected {name} {needed!r}, found {value!r}{absent}")
+        raise InputError(f"{where}: expected {name} {needed!r}, found {value!r}{absent}")

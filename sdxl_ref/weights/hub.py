@@ -11,8 +11,8 @@ from typing import Any
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import PARTS
 from sdxl_ref.weights.folder import EXTRAS_FILE, choose
-from sdxl_ref.weights.folder_config import PADDING
 from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG
+from sdxl_ref.weights.folder_tokenizer import FILES, PADDING
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 
@@ -56,7 +56,7 @@ def wanted_files(repository: str, names: Sequence[str], variant: str | None) -> 
                 "download the one you want, and name it"
             )
         return files
-    fixed = [FOLDER_INDEX, SCHEDULER_CONFIG, EXTRAS_FILE, *(f"{name}/tokenizer_config.json" for name in PADDING)]
+    fixed = [FOLDER_INDEX, SCHEDULER_CONFIG, EXTRAS_FILE, *(f"{name}/{file}" for name in PADDING for file in FILES)]
     wanted = [name for name in fixed if name in names]
     for part in PARTS:
         own = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]

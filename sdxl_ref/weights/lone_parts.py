@@ -15,6 +15,7 @@ from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig, Text
 from sdxl_ref.weights import folder_config, identify
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.folder import EXTRAS_FILE, STEMS, Folder, Source, Stored, name_in_file, part_tensors, stored_in
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.layouts import Rule, part_rules, vae_to_official
 from sdxl_ref.weights.names import find_file
 from sdxl_ref.weights.stated_config import config_from_json
@@ -84,7 +85,7 @@ class LonePart:
         """Of the `config.json` beside it, where it lies in diffusers' layout; empty where it does not."""
         path = self.files[0].parent / PART_CONFIG
         is_beside = path.is_file() and LAYOUT_FILE.fullmatch(self.files[0].name)
-        return folder_config.read_json(path) if is_beside else {}
+        return read_json(path) if is_beside else {}
 
     @property
     def files(self) -> list[Path]:
@@ -212,15 +213,16 @@ def model_around(lone: LonePart) -> tuple[ModelConfig, str]:
     path = lone.files[0].parent / PART_CONFIG
     shapes = {name.removeprefix(lone.prefix): stored.header.shape for name, stored in lone.stored.items()}
     try:
+        read = folder_config.part_config(lone.part, path, fields) if fields else None
         if lone.part == "unet":
-            unet = folder_config.unet_config(path, fields) if fields else identify.unet_config(official_unet(shapes))
+            unet = read or identify.unet_config(official_unet(shapes))
             model = around_unet(unet, said)
         elif lone.part == "vae":
-            vae = folder_config.vae_config(path, fields) if fields else identify.vae_config(vae_to_official(shapes))
+            vae = read or identify.vae_config(vae_to_official(shapes))
             model = replace(said or REFINER_1_0, vae=vae)
         else:
             shapes = official_text(shapes, lone.part)
-            tower = folder_config.text_config(path, fields) if fields else identify.text_config(shapes)
+            tower = read or identify.text_config(shapes)
             model = around_text_encoder(lone.part, tower, said)
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{lone.path} looks like {lone.name}, but its sizes do not tell: {error}") from error

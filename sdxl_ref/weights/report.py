@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sdxl_ref.config import InputError
+from sdxl_ref.config import SDXL, Defaults, InputError
 from sdxl_ref.weights import layouts
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, KNOWN_FILES, Checkpoint, prefixes
 from sdxl_ref.weights.dtypes import DTYPE_NAMES, DTYPES, is_finite
@@ -131,7 +131,14 @@ def describe_checkpoint(checkpoint: Checkpoint, check: bool = False) -> Descript
         tuple(others),
         dict(sorted(checkpoint.metadata.items())),
         checks(digest) if check else (),
+        {"its own settings": own} if (own := own_settings(checkpoint.defaults)) else {},
     )
+
+
+def own_settings(defaults: Defaults) -> str:
+    """How a model is run by what lies beside its weights, where that is not SDXL's way."""
+    unlike = [name for name, value in vars(defaults).items() if value != getattr(SDXL, name)]
+    return ", ".join(f"{name} {getattr(defaults, name)}" for name in unlike)
 
 
 def describe_part(lone: LonePart, check: bool = False) -> Description:

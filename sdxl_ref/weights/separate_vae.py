@@ -12,9 +12,9 @@ from sdxl_ref.config import InputError, ModelConfig, VAEConfig
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, build_empty, prefixes
 from sdxl_ref.weights.fitting import by_sides, require_fit
 from sdxl_ref.weights.folder import Folder, Source, Stored, name_in_file, part_tensors, sources_of, stored_in
-from sdxl_ref.weights.folder_config import read_json
-from sdxl_ref.weights.folder_config import vae_config as config_of_json
+from sdxl_ref.weights.folder_config import part_config
 from sdxl_ref.weights.identify import vae_config as config_of_shapes
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.layouts import Rule, rules, vae_to_official
 from sdxl_ref.weights.names import find_file
 from sdxl_ref.weights.stated_config import config_from_json
@@ -68,10 +68,7 @@ def read_vae(path: Path, variant: str | None = None) -> tuple[dict[str, Stored],
         path /= "vae"
     json = path / "config.json"
     if json.is_file():
-        try:
-            return part_tensors(path, variant), config_of_json(json, read_json(json))
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise InputError(f"{json} lacks or garbles a field of an SDXL autoencoder ({error!r})") from error
+        return part_tensors(path, variant), part_config("vae", json, read_json(json))
     file = find_file(path)
     text = read_metadata(file).get(CONFIG_KEY)
     return stored_in(file), config_from_json(text).vae if text else None

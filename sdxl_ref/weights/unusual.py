@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from sdxl_ref.config import InputError, ModelConfig
+from sdxl_ref.config import SDXL, InputError, ModelConfig
 from sdxl_ref.weights.checkpoint import (
     CONFIG_KEY,
     LABEL,
     PREDICTION_KEYS,
+    SETTINGS_KEY,
     Checkpoint,
     Shapes,
     expected_shapes,
@@ -21,6 +22,7 @@ from sdxl_ref.weights.checkpoint import (
 )
 from sdxl_ref.weights.fitting import V_MARKER, check, require_fit
 from sdxl_ref.weights.folder import Folder, Source, Stored
+from sdxl_ref.weights.folder_scheduler import kept_settings
 from sdxl_ref.weights.identify import config_from_shapes
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.strangers import refusal
@@ -60,14 +62,18 @@ def open_unusual(
     prediction, source = prediction_of(config, shapes, metadata, path)
     if source:
         notes.append(f"the UNet returns {prediction}, by {source}")
+    defaults = SDXL
+    if SETTINGS_KEY in metadata:
+        said, defaults = kept_settings(path, metadata, config.kind)
+        prediction = "v" if said == "v" else prediction
     config = replace(config, prediction=prediction)
     sources = official_sources(config, stored)
     require_weights(config, sources, path, has_vae)
     shapes = {key: source.shape for key, source in sources.items()}
     note = "; ".join(notes)
     if all(source.rule is None and source.tensors[0].name == key for key, source in sources.items()):
-        return Checkpoint(path, config, shapes, metadata, note)
-    return Folder(path, config, shapes, metadata, note, sources=sources)
+        return Checkpoint(path, config, shapes, metadata, note, defaults)
+    return Folder(path, config, shapes, metadata, note, defaults, sources)
 
 
 def without_prefix(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:

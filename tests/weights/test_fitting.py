@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sdxl_ref.cli import main
 from sdxl_ref.config import BASE_1_0, REFINER_1_0, ModelConfig
 from sdxl_ref.weights.file_saving import write_text
-from sdxl_ref.weights.folder_config import read_json
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.opening import POCKET
 from sdxl_ref.weights.stated_config import misfit
 from weights_convert.cli import main as convert_main

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from PIL import Image
 
 from sdxl_ref.config import InputError
 from sdxl_ref.pipelines import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref.text.tokenizer import END, START, encode
 from sdxl_ref.weights.folder_config import CLASSES, INDEX, NO_EFFECT, SIZES, TEXT, UNET, VAE
 from sdxl_ref.weights.folder_scheduler import OF_NO_EFFECT, SCHEDULERS, TRAINING, read_scheduler
+from sdxl_ref.weights.report import describe
 from weights_convert.convert import convert
 
 LEVEL = 1  # of 255: a value that lies between two levels may be rounded either way
@@ -233,7 +236,7 @@ def test_a_setting_that_nobody_knows_is_refused(edited: Any) -> None:
     folder = edited()
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"new_setting": 3, "_name": "x", "unused": None}))
-    _, defaults = read_scheduler(folder)
+    _, defaults = read_scheduler(folder, "base")
     assert "the setting new_setting 3 is not understood" in defaults.refusal
 
 
@@ -312,6 +315,21 @@ SAID_OTHERWISE = [  # of a base's folder: index, file beside, message
     ({"_class_name": "FluxPipeline"}, {}, "expected a pipeline of SDXL as StableDiffusionXLPipeline, found 'Flux"),
     ({}, {"tokenizer_2/tokenizer_config.json": {"model_max_length": 40}}, "expected model_max_length 77, found 40"),
     ({}, {"tokenizer/added_tokens.json": {"<sks>": 49408}}, "expected no tokens beyond CLIP's, found <sks>"),
+    (
+        {},
+        {"tokenizer_2/tokenizer_config.json": "{}", "tokenizer_2/special_tokens_map.json": {"pad_token": "?"}},
+        "expected the pad_token '!', found '?'",
+    ),
+    ({}, {"tokenizer/vocab.json": {"!": 1}}, "expected CLIP's vocabulary, found 1 tokens with other ids, as '!' 1"),
+    ({}, {"tokenizer/merges.txt": "#version: 0.2"}, "expected CLIP's 48894 pairs, found 'none' as number 1"),
+    ({}, {"unet/config.json": {"block_out_channels": []}}, r"unet.config.json is not SDXL's: expected block_out_ch"),
+    ({}, {"unet/config.json": {"sample_size": float("inf")}}, "sample_size to be a whole number above 0, found inf"),
+    ({}, {"unet/config.json": {"attention_head_dim": [5, 0]}}, "attention_head_dim to be a whole number above 0"),
+    ({}, {"vae/config.json": {"scaling_factor": -1.0}}, "vae.config.json: expected ch % 32 == 0 and a scale_factor"),
+    ({}, {"vae/config.json": {"scaling_factor": None}}, "expected scaling_factor to be a number, found None"),
+    ({}, {"text_encoder/config.json": {"hidden_act": "relu"}}, "expected hidden_act gelu or quick_gelu, found 'relu'"),
+    ({}, {"text_encoder/config.json": {"hidden_act": ["gelu"]}}, "expected hidden_act to be a name"),
+    ({}, {"scheduler/scheduler_config.json": {"prediction_type": []}}, r"expected prediction_type .* found \[\]"),
 ]
 
 
@@ -320,23 +338,84 @@ def test_what_else_a_folder_says(index: dict[str, Any], files: dict[str, Any], m
     tokenizers = {name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")}
     folder = edited(index=tokenizers | index)
     for name, fields in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(fields))
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if path.is_file() and isinstance(fields, dict):
+            fields = json.loads(path.read_text()) | fields
+        path.write_text(fields if isinstance(fields, str) else json.dumps(fields))
     with pytest.raises(InputError, match=message):
         TextToImagePipeline.from_pretrained(folder)
+
+
+def test_the_vocabulary_of_a_folder(edited: Any) -> None:
+    """The one that is built in, in the files of transformers' `CLIPTokenizer`, or a refusal."""
+    folder = edited(index={name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")})
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    assert theirs("a red barn").input_ids == [START, *encode("a red barn"), END]
+    TextToImagePipeline.open(folder)
+    pairs = (folder / "tokenizer" / "merges.txt").read_text(encoding="utf-8")
+    (folder / "tokenizer" / "merges.txt").write_text(pairs.replace("\nt h\n", "\nh t\n"), encoding="utf-8")
+    with pytest.raises(InputError, match="expected CLIP's 48894 pairs, found 'h t' as number 2"):
+        TextToImagePipeline.open(folder)
+
+
+REFUSED_WORDS = [
+    ("EulerDiscreteScheduler", {"steps_offset": 1.5}, "expected steps_offset a whole number from 0 to 999, found 1.5"),
+    ("EulerDiscreteScheduler", {"timestep_spacing": []}, r"expected timestep_spacing .* found \[\]"),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": []}, r"expected algorithm_type .* found \[\]"),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "settings", "message"), REFUSED_WORDS, ids=str)
+def test_what_no_scheduler_understands(scheduler: str, settings: dict[str, Any], message: str, edited: Any) -> None:
+    folder = edited(scheduler)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert re.search(message, read_scheduler(folder, "base")[1].refusal)
+
+
+def test_a_folder_whose_scheduler_nobody_names(edited: Any) -> None:
+    folder = edited(index={"scheduler": None})
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(OFFICIAL))
+    assert "no class of a scheduler is named" in read_scheduler(folder, "base")[1].refusal
+
+
+def test_a_converted_file_is_run_as_its_folder(edited: Any, tmp_path: Path) -> None:
+    """Its metadata keep what the folder says; that the scheduler is DDIM's stands in the index alone."""
+    folder = edited("DDIMScheduler", {"force_zeros_for_empty_prompt": False}, set_alpha_to_one=False)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "PNDMScheduler"}))
+    report = str(convert(folder, tmp_path / "file.safetensors", "official"))
+    assert "_class_name 'DDIMScheduler'" in report
+    own = TextToImagePipeline.from_pretrained(tmp_path / "file.safetensors")
+    told = str(own.plan(own.request(prompt="", num_inference_steps=6)))
+    assert "the model's own: sampler ddim" in told
+    assert "zeros False" in told
+    assert float(np.abs(picture(own) - picture(theirs(folder))).max()) <= LEVEL
+    assert "sampler ddim" in describe(tmp_path / "file.safetensors").details["its own settings"]
+
+
+def test_a_spacing_that_is_named_keeps_the_folders_offset(edited: Any) -> None:
+    """As diffusers does, where the spacing is changed by `from_config`."""
+    folder = edited(timestep_spacing="linspace", steps_offset=0)
+    own = TextToImagePipeline.from_pretrained(folder)
+    peer = theirs(folder)
+    peer.scheduler = type(peer.scheduler).from_config(peer.scheduler.config, timestep_spacing="leading")
+    assert float(np.abs(picture(own, spacing="leading") - picture(peer)).max()) <= LEVEL
 
 
 def test_a_text_is_not_true(edited: Any) -> None:
     folder = edited()
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_karras_sigmas": "false"}))
-    assert "expected use_karras_sigmas true or false, found 'false'" in read_scheduler(folder)[1].refusal
+    assert "expected use_karras_sigmas true or false, found 'false'" in read_scheduler(folder, "base")[1].refusal
 
 
 def test_a_scheduler_without_its_settings_is_refused(edited: Any) -> None:
     folder = edited("DDIMScheduler")
     (folder / "scheduler" / "scheduler_config.json").unlink()
-    assert "is missing, the settings of DDIMScheduler" in read_scheduler(folder)[1].refusal
+    assert "is missing, the settings of DDIMScheduler" in read_scheduler(folder, "base")[1].refusal
 
 
 def test_ddim_does_not_step_to_levels_that_it_does_not_visit(edited: Any) -> None:

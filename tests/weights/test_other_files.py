@@ -21,7 +21,7 @@ from PIL import Image
 from sdxl_ref.adapters import lora
 from sdxl_ref.cli import main
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.folder_config import read_json
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.opening import POCKET, open_checkpoint
 from sdxl_ref.weights.report import describe
 from sdxl_ref.weights.tensor_files import read_headers

@@ -18,7 +18,7 @@ from sdxl_ref import ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.cli import main
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint
-from sdxl_ref.weights.folder_config import read_json
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import describe
 from sdxl_ref.weights.stated_config import config_to_json

@@ -51,7 +51,7 @@ def test_bad_folders(folder: Path) -> None:
 
 OTHERS = [  # file, field, value, what is said of it
     ("unet/config.json", "layers_per_block", 3, "missing"),
-    ("unet/config.json", "block_out_channels", None, "lacks or garbles a field"),
+    ("unet/config.json", "block_out_channels", None, "expected block_out_channels to be a list of whole numbers"),
     ("vae/config.json", "latent_channels", 16, "channels of the VAE: expected"),
     ("model_index.json", "unet", [None, None], "no SDXL pipeline: expected unet .*, found .None, None."),
     ("model_index.json", "vae", ["diffusers", "AutoencoderTiny"], "no SDXL pipeline: expected vae"),

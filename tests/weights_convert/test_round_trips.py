@@ -13,13 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from sdxl_ref.weights.checkpoint import CONFIG_KEY
+from sdxl_ref.weights.checkpoint import CONFIG_KEY, SETTINGS_KEY
 from sdxl_ref.weights.folder import EXTRAS_FILE
 from sdxl_ref.weights.opening import POCKET, open_checkpoint
 from sdxl_ref.weights.stated_config import config_from_json, config_to_json
 from weights_convert.cli import main
 from weights_convert.convert import convert
-from weights_convert.folder_settings import SETTINGS_KEY
 from weights_convert.reports import own_hash
 from weights_convert.stream import EMPTY_HASH, HASH_KEY
 
@@ -219,7 +218,7 @@ def test_a_folders_settings_survive_there_and_back_and_are_told(
     own = fields_of(folder / file)
     report = str(convert(folder, tmp_path / "a.safetensors", "official"))
     told = ", ".join(f"{name} {value!r}" for name, value in fields.items())
-    assert f"an official file has no place for the folder's {told}: kept in the metadata" in report
+    assert f"an official file has no place for the folder's {told}: kept in its metadata, where" in report
     convert(tmp_path / "a.safetensors", tmp_path / "back", "diffusers")
     convert(folder, tmp_path / "copy", "diffusers")
     for target in (tmp_path / "back", tmp_path / "copy"):

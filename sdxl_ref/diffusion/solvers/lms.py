@@ -20,7 +20,8 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator | N
 
     In sigma space this is rhoAB-DEIS of Zhang & Chen 2022. One evaluation a step. The Lagrange polynomials through the
     last derivatives are integrated exactly, in float64. The first steps have fewer derivatives, the last one, to 0,
-    all of them: x does not end on the last estimate. Draws no noise.
+    all of them: x does not end on the last estimate. Draws no noise. In image-to-image diffusers weighs the first
+    derivatives as if there were four.
     """
     sigmas = levels(sigmas, x)
     nodes = sigmas.cpu().double().numpy()
