@@ -38,7 +38,6 @@ def run(a: argparse.Namespace) -> None:
     picture = fit(photo, MAX_PIXELS)
     settings = {name: getattr(a, name) for name in (*SHARED, *OWN)} | {"num_inference_steps": a.steps}
     request = ImageToImageRequest(image=picture, generator=[torch.Generator().manual_seed(a.seed)], **settings)
-    ImageToImagePipeline.plan_for(request)  # before a repository is downloaded
     if a.watermark:
         watermarks().check(*picture.size)
 
