@@ -18,6 +18,7 @@ from sdxl_ref.weights.patterns import Patterns
 CONFIG_FILE = "adapter_config.json"
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
 PARTS = ("unet", "text_encoder", "text_encoder_2")
+LARGEST = 1e30  # number: far beyond any rank or alpha, and of a size that float32 has
 ALPHA = 8  # PEFT's, where a configuration has none
 
 # Every key of LoraConfig is in one of the three tables.
@@ -107,8 +108,8 @@ class PartSettings:
         return {name: self._checked(key, value) for name, value in pattern.items()}
 
     def _checked(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"{self.source}: expected a finite number for {key}, found {value!r}")
+        if type(value) not in (int, float) or not abs(value) < LARGEST:
+            raise InputError(f"{self.source}: expected a finite number for {key}, found {value!r:.60}")
         return float(value)
 
 

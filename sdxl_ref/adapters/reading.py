@@ -4,6 +4,7 @@ Kinds beyond the usual two factors are imported only when a file has them.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from sdxl_ref.adapters.layer import Layer
 from sdxl_ref.adapters.peft_settings import CONFIG_FILE
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.regular import read_text
-from sdxl_ref.weights.tensor_files import open_tensors, read_metadata
+from sdxl_ref.weights.tensor_files import PICKLES, open_tensors, read_metadata
 
 ROLES: dict[str, str] = {
     suffix: role for form in FORMS.values() for role, suffixes in form.suffixes.items() for suffix in suffixes
@@ -35,16 +36,20 @@ def adapter_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    for name in FILE_NAMES:
-        if (path / name).is_file():
-            return path / name
     files = sorted(path.glob("*.safetensors"))
+    known = [file for file in files if file.name in FILE_NAMES]
+    if len(known) == 1:
+        return known[0]
     if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
-        raise InputError(
-            f"{path} is a folder: expected one adapter's safetensors file in it, found {names}: name a file"
-        )
+        names = ", ".join(file.name for file in known or files)
+        pickles = "pickles alone, which are not opened" if any(map(is_pickle, path.iterdir())) else "none"
+        found = f"{names or pickles}: {'name a file' if names else 'get the safetensors file'}"
+        raise InputError(f"{path} is a folder: expected one adapter's safetensors file in it, found {found}")
     return files[0]
+
+
+def is_pickle(path: Path) -> bool:
+    return path.suffix.lower() in PICKLES
 
 
 def read(path: str | Path) -> dict[str, Change]:
@@ -69,7 +74,7 @@ def texts_of(file: Path) -> dict[str, str]:
     """The texts of a file's header, and PEFT's configuration where that lies beside it, under its name."""
     texts = read_metadata(file)
     beside = file.with_name(CONFIG_FILE)
-    if beside.is_file():
+    if os.path.lexists(beside):
         texts[CONFIG_FILE] = read_text(beside)
     return texts
 
@@ -106,6 +111,8 @@ def changes_of_layer(layer: Layer) -> dict[str, Change]:
 def alpha_of(name: str, roles: Mapping[str, Tensor], settings: Sequence[Settings], rank: int) -> float:
     """The alpha of a layer: its own tensor's, else what its file's texts say, else the rank."""
     if "alpha" in roles:
+        if roles["alpha"].numel() != 1:
+            raise InputError(f"layer {name} has an alpha of {roles['alpha'].numel()} numbers, expected one")
         alpha = float(roles["alpha"])
         if not math.isfinite(alpha):
             raise InputError(f"layer {name} has alpha {alpha}, expected a finite number")

@@ -1,6 +1,7 @@
 """What `--lora FILE[:SCALE]` says, and the adapters that it puts on a pipeline. Loaded where it is given."""
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ def path_and_scale(text: str) -> tuple[Path, float]:
         path = Path(name if colon else text)
         scale = float(number) if colon else 1.0
     except ValueError:
+        if os.path.exists(name) and not os.path.exists(text):
+            raise InputError(f"the scale of an adapter must be a number behind its file, found {number!r}") from None
         path = Path(text)
         scale = 1.0
     if not math.isfinite(scale):

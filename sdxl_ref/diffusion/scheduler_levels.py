@@ -68,7 +68,8 @@ class SchedulerLevels:
         schedule = NoiseSchedule()
         t = self.timesteps(steps)
         if not 0 <= t[-1] <= t[0] < TRAIN_STEPS:
-            raise InputError(f"{self} with {steps} steps leaves the {TRAIN_STEPS} training steps: use another spacing")
+            advice = "use fewer steps, or the spacing trailing or linspace"
+            raise InputError(f"{self} with {steps} steps leaves the {TRAIN_STEPS} training steps: {advice}")
         sigmas = np.interp(t, np.arange(TRAIN_STEPS), schedule.table)
         if self.sigmas:
             ends = (schedule.table[-1], schedule.table[0]) if self.family == "multistep" else (sigmas[0], sigmas[-1])

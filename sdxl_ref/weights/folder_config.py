@@ -77,7 +77,7 @@ EITHER = "a whole number above 0, or a list of them"
 DEPTHS = "a whole number, or a list of them"
 NAME = "a name"
 NAMES = "a list of names"
-FACTOR = "a number"
+FACTOR = "a finite number above 0"
 SIZES = {  # fields that are read, by class, and what each has to be
     "UNet2DConditionModel": {
         "attention_head_dim": EITHER,
@@ -181,6 +181,10 @@ def model_config(folder: Path) -> ModelConfig:
 def part_config(part: str, path: Path, fields: Json) -> Any:
     """The sizes of one part, from its `config.json`. InputError as `model_config` raises it."""
     build = {"unet": unet_config, "vae": vae_config}.get(part, text_config)
+    check_none_left_out(path, fields)
+    if fields.get("_class_name", CLASSES[part][1]) != CLASSES[part][1]:
+        found = fields["_class_name"]
+        raise InputError(f"{path} is not SDXL's: expected _class_name {CLASSES[part][1]!r}, found {found!r:.60}")
     require_kinds(path, fields, CLASSES[part][1].removesuffix("WithProjection"))
     try:
         return build(path, fields)
@@ -201,7 +205,7 @@ def require_kinds(path: Path, fields: Json, name: str) -> None:
 def is_a(kind: str, value: Any) -> bool:
     """Whether a value of a configuration is of one of the kinds above."""
     if kind == FACTOR:
-        return type(value) in (int, float)
+        return type(value) in (int, float) and 0 < value < 10**6
     if kind in (NAME, NAMES):
         return all(isinstance(one, str) for one in as_list(value)) and isinstance(value, list) == (kind == NAMES)
     is_right_form = {NUMBER: (int,), NUMBERS: (list,)}.get(kind, (int, list))
@@ -223,8 +227,13 @@ def check_index(folder: Path, index: Json) -> None:
     for name, value in index.items():
         is_known = name in CLASSES or name in INDEX or name.startswith("_")
         if not is_known and value not in (None, False, [None, None]):
-            raise InputError(f"{path}: {name} {value!r} is not understood: this opens SDXL's base and refiner alone")
+            raise InputError(
+                f"{path}: {name} {value!r:.60} is not understood: this opens SDXL's base and refiner alone"
+            )
     check_flags(path, index, "refiner" if index.get("text_encoder") in (None, [None, None]) else "base")
+    scheduler = index.get("scheduler") or [None, None]
+    if not isinstance(scheduler, list) or len(scheduler) != 2:
+        raise InputError(f"{path}: expected the scheduler's library and class, found {scheduler!r:.60}")
     check_tokenizers(folder, index)
 
 
@@ -245,12 +254,26 @@ def require(path: Path, fields: Json, expected: Json, name: str) -> None:
     One that is absent, or null for false, agrees.
     """
     for key, value in expected.items():
-        if (fields.get(key, value) or None) != (value or None):
-            raise InputError(f"{path} is not SDXL's: expected {key} {value!r}, found {fields[key]!r}")
+        if not is_same(fields.get(key, value), value):
+            raise InputError(f"{path} is not SDXL's: expected {key} {value!r:.200}, found {fields[key]!r:.200}")
     for key, value in fields.items():
         is_known = key in expected or key in SIZES[name] or key in NO_EFFECT[name] or key.startswith("_")
         if not is_known and value not in (None, False, [], {}, ""):
             raise InputError(f"{path}: the field {key} {value!r:.60} is not understood")
+
+
+def is_same(value: Any, needed: Any) -> bool:
+    """Whether two values of a field are the same: null is false, and neither is 0 or an empty list."""
+    value, needed = (False if one is None else one for one in (value, needed))
+    return bool(value == needed) and isinstance(value, bool) == isinstance(needed, bool)
+
+
+def check_none_left_out(where: object, fields: Json) -> None:
+    """InputError where a configuration names fields of its own that diffusers does not read then."""
+    if names := fields.get("_use_default_values"):
+        raise InputError(
+            f"{where}: _use_default_values {names!r:.60} is not done here: remove the fields that it names"
+        )
 
 
 def unet_config(path: Path, c: Json) -> UNetConfig:

@@ -15,8 +15,8 @@ from typing import Any
 from sdxl_ref.config import Defaults, InputError
 from sdxl_ref.diffusion.scheduler_levels import SIGMAS, SchedulerLevels
 from sdxl_ref.weights.checkpoint import SETTINGS_KEY
-from sdxl_ref.weights.folder_config import check_flags
-from sdxl_ref.weights.json_files import Json, read_json
+from sdxl_ref.weights.folder_config import check_flags, check_none_left_out, is_same
+from sdxl_ref.weights.json_files import Json, read_json, read_json_if_there
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -120,7 +120,7 @@ def read_scheduler(folder: Path, kind: str) -> tuple[str, Defaults]:
     A folder without settings of a scheduler is run in SDXL's own way. InputError for another training schedule.
     """
     path = folder / SCHEDULER_CONFIG
-    return run_as(path, read_json(folder / FOLDER_INDEX), read_json(path) if path.is_file() else None, kind)
+    return run_as(path, read_json(folder / FOLDER_INDEX), read_json_if_there(path), kind)
 
 
 def kept_settings(file: Path, metadata: Mapping[str, str], kind: str) -> tuple[str, Defaults]:
@@ -151,6 +151,7 @@ def run_as(where: object, index: Json, settings: Json | None, kind: str) -> tupl
     if settings is None:
         missing = "" if name in (None, "EulerDiscreteScheduler") else f"{where} is missing, the settings of {name}"
         return "epsilon", Defaults(zeros=own_zeros, refusal=missing)
+    check_none_left_out(where, settings)
     name = name or settings.get("_class_name")
     return prediction_of(where, settings), replace(defaults_of(where, settings, name), zeros=own_zeros)
 
@@ -187,7 +188,7 @@ def sampler_of(where: object, settings: Json, scheduler: Scheduler) -> str:
     known |= {*TRAINING, *OF_NO_EFFECT, "prediction_type"}
     for name, value in settings.items():
         if name not in known and not name.startswith("_") and value not in (None, False):
-            raise InputError(f"{where}: the setting {name} {value!r} is not understood")
+            raise InputError(f"{where}: the setting {name} {value!r:.60} is not understood")
     if "algorithm_type" not in scheduler.honoured:
         return scheduler.sampler
     return chosen(where, settings, "algorithm_type", scheduler.honoured["algorithm_type"], ALGORITHMS)
@@ -232,6 +233,6 @@ def chosen(where: object, settings: Json, name: str, own_default: str, meanings:
 def require_setting(where: object, settings: Json, name: str, needed: Any, own_default: Any) -> None:
     """InputError where a setting, or its default where it is missing, is not what is computed here."""
     value = settings.get(name, own_default)
-    if (value or None) != (needed or None):
+    if not is_same(value, needed):
         absent = "" if name in settings else " (it is missing, and diffusers takes this)"
-        raise InputError(f"{where}: expected {name} {needed!r}, found {value!r}{absent}")
+        raise InputError(f"{where}: expected {name} {needed!r}, found {value!r:.60}{absent}")

@@ -4,13 +4,14 @@ Loaded only for such a name.
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.hub import download
-from sdxl_ref.weights.tensor_files import PICKLES
+from sdxl_ref.weights.tensor_files import FOLDER_INDEX, PICKLES
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 EXAMPLE = "stabilityai/stable-diffusion-xl-refiner-1.0"
@@ -26,11 +27,18 @@ def find_repository(name: str, known: Mapping[str, Path], variant: str | None, h
     return download(name, variant, **hub)
 
 
-def find_file(path: Path) -> Path:
-    """What is no folder as it is, or the one safetensors file of a folder. InputError where there is not one."""
+def find_file(path: Path, variant: str | None = None) -> Path:
+    """What is no folder as it is, or the one safetensors file of a folder. InputError where there is not one.
+
+    A warning where a variant is asked for: such files have none.
+    """
+    if variant:
+        warnings.warn(f"the variant {variant!r} is not used: {path} is no folder of a pipeline's parts", stacklevel=2)
     if not path.is_dir():
         return path  # `open_tensors` says what is wrong with it
     refuse_cache(path)
+    if (path / "unet").is_dir() and (path / "vae").is_dir():
+        raise InputError(f"{path} lacks {FOLDER_INDEX}, which says what its parts are: complete the folder")
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"

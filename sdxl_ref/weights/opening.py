@@ -34,7 +34,7 @@ def open_checkpoint(
     if isinstance(vae, str | Path):
         from sdxl_ref.weights.separate_vae import with_vae
 
-        return with_vae(checkpoint, Path(vae), variant)
+        return with_vae(checkpoint, locate(vae, checkpoint.config.kind, variant, hub), variant)
     return checkpoint
 
 
@@ -45,10 +45,10 @@ def open_located(path: Path, variant: str | None, vae: object) -> Checkpoint:
             from sdxl_ref.weights.folder import open_folder
 
             return open_folder(path, variant)
-        if os.path.isdir(path):
+        if variant or os.path.isdir(path):
             from sdxl_ref.weights.names import find_file
 
-            path = find_file(path)
+            path = find_file(path, variant)
         return open_file(path, vae is not None)
     except InputError:
         raise

@@ -8,7 +8,8 @@ from pathlib import Path
 
 PICKLE = (
     "is a pickle, which can run any code when opened: expected a safetensors file; if you trust it, convert it: "
-    "safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], OUT)"
+    "s = torch.load(FILE, weights_only=True); s = s.get('state_dict', s); safetensors.torch.save_file("
+    "{k: v.clone().contiguous() for k, v in s.items() if torch.is_tensor(v)}, OUT)"
 )
 PICKLE_PROTOCOLS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -79,12 +80,12 @@ def is_pickled(first: bytes, path: Path) -> bool:
 
 def not_whole(path: Path, error: Exception) -> str:
     """The message for a file of which nothing else is known: often one whose download was cut off."""
-    message = f"expected a whole safetensors file, could not read {path}: {error}"
     whole = length_of_whole(path)
     size = os.path.getsize(path)
+    message = f"expected a whole safetensors file, could not read {path}: {error if size else 'it is empty'}"
     if whole > size:
         return f"{message}: it has {size} of {whole} bytes: download it again"
-    return message
+    return f"{message}: download it again"
 
 
 def length_of_whole(path: Path) -> int:

@@ -181,6 +181,7 @@ def test_what_has_no_effect_in_peft_either(options: dict[str, Any], tmp_path: Pa
         ({"peft_type": "LOHA", "r": 4, "alpha": 2}, "asks for PEFT's LOHA, which is not done here: expected LORA"),
         ({"a_key_of_the_future": 1}, "asks for a_key_of_the_future=1: a key that is not known here, which is not done"),
         ({"lora_alpha": "many"}, "expected a finite number for lora_alpha, found 'many'"),
+        ({"lora_alpha": 10**400}, "expected a finite number for lora_alpha, found 1000"),
         ({"lora_alpha": True}, "expected a finite number for lora_alpha, found True"),
         ({"alpha_pattern": {"to_q": None}}, "expected a finite number for alpha_pattern, found None"),
         ({"alpha_pattern": [1]}, "expected alpha_pattern to be names and numbers"),

@@ -49,10 +49,32 @@ def test_the_known_name_counts_in_a_folder_with_several(tmp_path: Path) -> None:
         read(tmp_path)
     random_file(peers.SMALL_REFINER, tmp_path / "adapter_model.safetensors")
     assert adapter_file(tmp_path).name == "adapter_model.safetensors"
+    random_file(peers.SMALL_REFINER, tmp_path / "pytorch_lora_weights.safetensors")  # which diffusers prefers
+    with pytest.raises(InputError, match=r"found adapter_model.safetensors, pytorch_lora_weights.safetensors: name"):
+        read(tmp_path)
+
+
+def test_a_configuration_that_cannot_be_read_is_not_ignored(tmp_path: Path) -> None:
+    random_file(peers.SMALL_REFINER, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").symlink_to("/nowhere/x.json")
+    with pytest.raises(InputError, match=r"could not read .*adapter_config.json"):
+        read(tmp_path)
+
+
+def test_an_alpha_of_several_numbers(tmp_path: Path) -> None:
+    file = random_file(peers.SMALL_REFINER, tmp_path / "a.safetensors")
+    state = load_file(file)
+    layer = next(iter(read(file)))
+    save_file(state | {f"{layer}.alpha": torch.ones(3)}, file)
+    with pytest.raises(InputError, match=f"layer {layer} has an alpha of 3 numbers, expected one"):
+        read(file)
 
 
 def test_a_folder_without_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder: expected one adapter's safetensors file in it, found none"):
+        read(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="found pickles alone, which are not opened: get the safetensors file"):
         read(tmp_path)
 
 

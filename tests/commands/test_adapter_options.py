@@ -55,6 +55,13 @@ def test_a_folder_by_peft(tiny_refiner_file: Path, here: Path, capsys: pytest.Ca
     assert not Path("refused.png").exists()
 
 
+def test_a_scale_that_is_no_number(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random_file(peers.TINY_REFINER, here / "a.safetensors")
+    Image.new("RGB", (64, 64)).save("in.png")
+    assert main(["refine", "in.png", "--checkpoint", "pocket", "--prompt", "x", "--lora", "a.safetensors:1,5"]) == 2
+    assert "scale of an adapter must be a number behind its file, found '1,5'" in capsys.readouterr().err
+
+
 def test_generate_puts_an_adapter_on_whichever_model_it_fits(
     tiny_base_file: Path, tiny_refiner_file: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,7 @@ def asked(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return Asked(folder, fetched, done.stdout.splitlines())
 
 
+@pytest.mark.filterwarnings("ignore:the variant 'fp16' is not used")  # on files under the names of repositories
 @pytest.mark.parametrize("name", ["refined.png", "ensemble.png"])
 def test_the_cards_run_as_they_stand(name: str, asked: Asked) -> None:
     with Image.open(asked.folder / name) as picture:
@@ -170,6 +171,18 @@ def test_without_a_hub_the_cache_serves(asked: Asked, folders: dict[str, Path]) 
 def test_a_wrong_name_says_what_is_wrong(i: int, name: str, asked: Asked) -> None:
     assert len(asked.lines) == len(WRONG)
     assert WRONG[name][1] in asked.lines[i]
+
+
+def test_a_variant_of_a_file_is_told() -> None:
+    with pytest.warns(UserWarning, match="the variant 'fp16' is not used: .*pocket_base.safetensors is no folder"):
+        open_checkpoint("pocket-base", variant="fp16")
+
+
+def test_the_vae_of_a_pocket_model() -> None:
+    own = open_checkpoint("pocket-base").load("vae").state_dict()
+    borrowed = open_checkpoint("pocket-base", vae="pocket-refiner").load("vae").state_dict()
+    refiners = open_checkpoint("pocket-refiner").load("vae").state_dict()
+    assert all(torch.equal(borrowed[key], refiners[key]) for key in own)
 
 
 def test_pocket_alone_is_two_models() -> None:

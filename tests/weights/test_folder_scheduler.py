@@ -57,6 +57,7 @@ def edited(plain: Path, tmp_path: Path) -> Any:
         config = OFFICIAL | settings
         if scheduler in SCHEDULERS and "algorithm_type" not in settings:  # one that diffusers itself can make here
             config = dict(getattr(diffusers, scheduler).from_config(config).config)
+            del config["_use_default_values"]  # which diffusers does not write either
         path = folder / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps(config | {"_class_name": scheduler}))
         entries = json.loads((folder / "model_index.json").read_text())
@@ -284,6 +285,7 @@ def test_image_to_image_of_a_refiners_folder(
 ) -> None:
     convert(tiny_refiner_file, tmp_path / "refiner", "diffusers")
     config = dict(getattr(diffusers, scheduler).from_config(OFFICIAL | settings).config)
+    del config["_use_default_values"]
     path = tmp_path / "refiner" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(config | {"_class_name": scheduler}))
     index = tmp_path / "refiner" / "model_index.json"
@@ -313,20 +315,29 @@ def test_an_ensemble_tells_of_the_refiners_own_settings(edited: Any, tiny_refine
 SAID_OTHERWISE = [  # of a base's folder: index, file beside, message
     ({"force_zeros_for_empty_prompt": "no"}, {}, "expected force_zeros_for_empty_prompt true or false, found 'no'"),
     ({"_class_name": "FluxPipeline"}, {}, "expected a pipeline of SDXL as StableDiffusionXLPipeline, found 'Flux"),
-    ({}, {"tokenizer_2/tokenizer_config.json": {"model_max_length": 40}}, "expected model_max_length 77, found 40"),
+    ({}, {"tokenizer_2/tokenizer_config.json": {"model_max_length": 40}}, "expected the model_max_length 77, found 40"),
     ({}, {"tokenizer/added_tokens.json": {"<sks>": 49408}}, "expected no tokens beyond CLIP's, found <sks>"),
-    (
-        {},
-        {"tokenizer_2/tokenizer_config.json": "{}", "tokenizer_2/special_tokens_map.json": {"pad_token": "?"}},
-        "expected the pad_token '!', found '?'",
-    ),
+    ({}, {"tokenizer_2/special_tokens_map.json": {"pad_token": "?"}}, "expected the pad_token '!', found '?'"),
+    ({}, {"tokenizer/special_tokens_map.json": {"bos_token": {"content": "!"}}}, "expected the bos_token '<|start"),
+    ({}, {"tokenizer/tokenizer_config.json": {"padding_side": "left"}}, "the padding_side 'right', found 'left'"),
+    ({}, {"tokenizer/tokenizer_config.json": {"additional_special_tokens": ["red"]}}, "beyond CLIP's, found red"),
+    ({}, {"tokenizer/tokenizer_config.json": {"added_tokens_decoder": {"0": {"content": "red"}}}}, "found red"),
+    ({}, {"tokenizer/tokenizer.json": {"model": {"vocab": {"!": 1}, "merges": []}}}, "as '!' 1"),
+    ({}, {"tokenizer/tokenizer.json": {"model": []}}, "expected a tokenizer as transformers writes it"),
+    ({"scheduler": "DDIMScheduler"}, {}, "expected the scheduler's library and class, found 'DDIMScheduler'"),
+    ({}, {"scheduler/scheduler_config.json": {"trained_betas": []}}, r"expected trained_betas None, found \[\]"),
+    ({}, {"scheduler/scheduler_config.json": {"_use_default_values": ["timestep_spacing"]}}, "is not done here"),
+    ({}, {"vae/config.json": {"_use_default_values": ["scaling_factor"]}}, "remove the fields that it names"),
+    ({}, {"unet/config.json": ""}, "unet.config.json is empty"),
+    ({}, {"unet/config.json": "version https://git-lfs.github.com/spec/v1"}, "is a pointer of git-lfs"),
+    ({}, {"unet/config.json": "[" * 100_000}, "unet.config.json is no JSON: .*download it again"),
     ({}, {"tokenizer/vocab.json": {"!": 1}}, "expected CLIP's vocabulary, found 1 tokens with other ids, as '!' 1"),
     ({}, {"tokenizer/merges.txt": "#version: 0.2"}, "expected CLIP's 48894 pairs, found 'none' as number 1"),
     ({}, {"unet/config.json": {"block_out_channels": []}}, r"unet.config.json is not SDXL's: expected block_out_ch"),
     ({}, {"unet/config.json": {"sample_size": float("inf")}}, "sample_size to be a whole number above 0, found inf"),
     ({}, {"unet/config.json": {"attention_head_dim": [5, 0]}}, "attention_head_dim to be a whole number above 0"),
-    ({}, {"vae/config.json": {"scaling_factor": -1.0}}, "vae.config.json: expected ch % 32 == 0 and a scale_factor"),
-    ({}, {"vae/config.json": {"scaling_factor": None}}, "expected scaling_factor to be a number, found None"),
+    ({}, {"vae/config.json": {"scaling_factor": -1.0}}, "expected scaling_factor to be a finite number above 0"),
+    ({}, {"vae/config.json": {"scaling_factor": None}}, "expected scaling_factor to be a finite number above 0"),
     ({}, {"text_encoder/config.json": {"hidden_act": "relu"}}, "expected hidden_act gelu or quick_gelu, found 'relu'"),
     ({}, {"text_encoder/config.json": {"hidden_act": ["gelu"]}}, "expected hidden_act to be a name"),
     ({}, {"scheduler/scheduler_config.json": {"prediction_type": []}}, r"expected prediction_type .* found \[\]"),
@@ -410,6 +421,24 @@ def test_a_text_is_not_true(edited: Any) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_karras_sigmas": "false"}))
     assert "expected use_karras_sigmas true or false, found 'false'" in read_scheduler(folder, "base")[1].refusal
+
+
+@pytest.mark.parametrize("name", ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"])
+def test_a_link_to_nowhere_is_no_missing_file(name: str, edited: Any) -> None:
+    folder = edited(
+        prediction_type="v_prediction", index={name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer",)}
+    )
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/nowhere/x.json")
+    with pytest.raises(InputError, match=f"could not read .*{name}"):
+        TextToImagePipeline.open(folder)
+
+
+def test_a_folder_without_its_index(edited: Any) -> None:
+    folder = edited()
+    (folder / "model_index.json").unlink()
+    with pytest.raises(InputError, match=r"lacks model_index.json, which says what its parts are"):
+        TextToImagePipeline.open(folder)
 
 
 def test_a_scheduler_without_its_settings_is_refused(edited: Any) -> None:

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from checkpoints import REFINER
 from PIL import Image
+from safetensors.torch import load_file
 
 from sdxl_ref.adapters import lora
 from sdxl_ref.cli import main
@@ -67,7 +69,7 @@ FILES: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "quantised weights": (b"GGUF\x03\0\0\0" + b"\0" * 64, "is a GGUF file, of quantised weights"),
     "a picture": (lambda path: Image.new("RGB", (8, 8)).save(path, "PNG"), "is a PNG picture"),
     "a photo": (lambda path: Image.new("RGB", (8, 8)).save(path, "JPEG"), "is a JPEG picture"),
-    "nothing": (b"", "expected a whole safetensors file, could not read"),
+    "nothing": (b"", "it is empty: download it again"),
 }
 
 
@@ -99,6 +101,18 @@ def test_a_pickle_by_its_name_has_one_text(suffix: str, reader: str, tmp_path: P
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"whatever")
     assert line_of(reader, path).startswith(f"{path} is a pickle, which can run any code when opened: expected a safe")
+
+
+def test_the_advice_for_a_pickle_works(tmp_path: Path) -> None:
+    """As it is printed, on one with a state inside, on a bare one, and on tensors that share their memory."""
+    whole = torch.arange(6.0)
+    for state in ({"state_dict": {"a": whole[:3], "b": whole}, "epoch": 3}, {"a": whole[:3], "b": whole}):
+        path = tmp_path / "a.bin"
+        torch.save(state, path)
+        advice = line_of("a checkpoint", path).split("convert it: ")[1]
+        names = {"torch": torch, "safetensors": safetensors, "FILE": path, "OUT": tmp_path / "b.safetensors"}
+        exec(advice, names)
+        assert load_file(tmp_path / "b.safetensors")["b"].tolist() == whole.tolist()
 
 
 def test_a_download_that_was_cut_off_says_how_much_is_missing(tmp_path: Path) -> None:

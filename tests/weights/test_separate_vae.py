@@ -181,7 +181,7 @@ def line_of(vae: Path, files: dict[str, Path]) -> str:
 
 def test_what_is_no_autoencoder_is_told(files: dict[str, Path], tmp_path: Path) -> None:
     assert line_of(tmp_path / "none", files).startswith(
-        f"no such file or folder: {tmp_path}/none: expected an SDXL auto"
+        f"no such checkpoint: {tmp_path}/none: expected a file, a folder, pocket or a repository"
     )
     adapter = sparse_file(tmp_path / "lora.safetensors", {"lora_unet_mid_block_attentions_0_proj_in.alpha": ()})
     assert "lora.safetensors is an adapter (LoRA): expected an SDXL autoencoder" in line_of(adapter, files)
@@ -292,6 +292,7 @@ def test_convert_completes_a_file(pocket_vae: dict[str, Path], tmp_path: Path) -
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
+@pytest.mark.filterwarnings("ignore:the variant 'fp16' is not used")  # of the model, which is a file
 def test_a_variant_is_that_of_the_vae_too(files: dict[str, Path], tmp_path: Path) -> None:
     """A folder with a plain file and one of fp16, of other values."""
     convert(files["refiner"], tmp_path / "both", "diffusers")
