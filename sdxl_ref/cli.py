@@ -2,7 +2,8 @@
 
 A command is a module of `sdxl_ref.commands` whose docstring begins with its name and what it does ("`sdxl-ref refine`:
 …"), with `arguments(parser)` and `run(arguments)`; it is found in the folder, and imported when it runs.
-Exit status 0 on success, 2 with one line for bad input, 1 for anything else.
+Exit status 0 on success, 2 with one line for bad input, 1 for anything else. A reader of standard output who has gone
+(`| head -1`) stops the work, and that is a 1; what he has not read of work that is done changes no status.
 """
 
 import argparse
@@ -17,9 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdxl_ref import __version__
-from sdxl_ref.config import InputError, nearest
+from sdxl_ref.config import InputError
 
-INVALID_CHOICE = re.compile(r"invalid choice: '(?P<word>[^']*)' \(choose from (?P<choices>.*)\)")
 COMMANDS = Path(__file__).parent / "commands"
 TITLE = re.compile(r"`[a-z-]+ (?P<name>[a-z-]+)`: (?P<summary>.+)")
 UNPRINTABLE = re.compile(r"[^ -~\u00a0-\U0010ffff]+")
@@ -29,17 +29,16 @@ class Parser(argparse.ArgumentParser):
     """Raises InputError where argparse would end the process, and names the option that was perhaps meant."""
 
     def error(self, message: str) -> NoReturn:
-        choice = INVALID_CHOICE.search(message)
-        hint = nearest(choice["word"], re.findall(r"[\w-]+", choice["choices"])) if choice else ""
-        raise InputError(f"{message}{hint} (see {self.prog} --help)")
+        from sdxl_ref.commands.misspelt import with_hint
+
+        raise InputError(f"{with_hint(message)} (see {self.prog} --help)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            command = getattr(arguments, "parser", self)
-            options = [option for action in command._actions for option in action.option_strings]
-            hint = nearest(unknown[0].partition("=")[0], options)
-            raise InputError(f"unrecognized arguments: {' '.join(unknown)}{hint} (see {command.prog} --help)")
+            from sdxl_ref.commands.misspelt import unrecognized
+
+            raise InputError(unrecognized(getattr(arguments, "parser", self), unknown))
         return arguments
 
 
@@ -101,6 +100,7 @@ def run(name: str, work: Callable[[], int], stopped: str = "stopped") -> int:
     `stopped` is that line for Ctrl-C.
     """
     prepare_streams()
+    status = 1  # until the work is done
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told once, as an error
@@ -121,7 +121,7 @@ def run(name: str, work: Callable[[], int], stopped: str = "stopped") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"{name}: error:", error, file=sys.stderr)
-        return 1
+            status = 1
     return status
 
 

@@ -65,7 +65,7 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
         "pictures.formats",
         "weights.file_saving",
     },
-    "cli": {"commands.memory"},  # an error that may be the memory's
+    "cli": {"commands.memory", "commands.misspelt"},  # an error that may be the memory's; a word that is not known
     "pipelines.calling": {  # what a run may ask for
         "adapters.active",
         "pictures.watermark",
@@ -79,6 +79,7 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
         "diffusion.sampler_names",
         "pipelines.own_settings",
     },
+    "diffusion.schedule": {"diffusion.spacing_names"},  # other tools' names
     "pictures.images": {"pictures.address", "pictures.colours"},  # kinds of pictures
 }
 LONGEST_FILE = 350  # lines

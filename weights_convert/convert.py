@@ -227,9 +227,7 @@ def to_folder(
         parts = {part: part_entries(rules[part], checkpoint, dtypes, read) for part in rules}
         extras = [entry(key, dtypes[key], checkpoint.shapes[key], read) for key in sorted(without_place)]
         everything = list(chain(*parts.values(), extras))
-        check_target(target, total(everything), force)
-        if target.is_file():
-            raise InputError(f"{target} is a file: name a folder for diffusers' layout")
+        check_target(target, total(everything), force, is_folder=True)
         with writing_folder(target, force, named_in_pipeline, kept) as folder, progress_bar(everything) as progress:
             folder_files.write_configurations(folder, files, tokenizers_of(checkpoint))
             for part, entries in parts.items():

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.folder import EXTRAS_FILE
 from sdxl_ref.weights.layouts import Rule
@@ -63,8 +62,6 @@ def progress_bar(entries: Iterable[Entry]) -> Iterator[Callable[[int], object]]:
 def save(target: Path, entries: Sequence[Entry], metadata: Mapping[str, str], force: bool) -> str:
     """Write one file where `check_target` allows it, whole or not at all; returns the sha256 of its tensors."""
     check_target(target, total(entries), force)
-    if target.is_dir():
-        raise InputError(f"{target} is a folder: name a file for the official layout")
     with writing_file(target, force) as new, progress_bar(entries) as progress:
         digest = write_file(new, entries, metadata, progress)
     return digest

@@ -113,9 +113,7 @@ def part_to_folder(part: Part, target: Path, force: bool, variant: str | None, r
         entries = part_entries(part.placed, part.checkpoint, part.dtypes, read)
         extras = [part.entry(key, read) for key in sorted(part.checkpoint.shapes.keys() - part.placed.keys())]
         everything = [*entries, *extras]
-        check_target(target, total(everything), force)
-        if target.is_file():
-            raise InputError(f"{target} is a file: name a folder for diffusers' layout")
+        check_target(target, total(everything), force, is_folder=True)
         with writing_folder(target, force, named_in_part, kept) as folder, progress_bar(everything) as progress:
             folder.mkdir()
             write_json(folder / PART_CONFIG, part.fields)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdxl_ref.adapters.report import adapter_file
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import KNOWN_FILES, Checkpoint
 from sdxl_ref.weights.dtypes import DTYPE_NAMES, is_finite
@@ -151,6 +152,8 @@ def diff(first: Path, second: Path, variant: str | None = None) -> Comparison:
 
 def both(first: Path, second: Path, variant: str | None) -> tuple[Checkpoint, Checkpoint]:
     """Two whole models of one kind, or the same part of two. InputError where they have no tensors to compare."""
+    for path in (first, second):
+        refuse_adapter(path)
     alone = [find_lone_part(path, variant) if os.path.exists(path) else None for path in (first, second)]
     kinds = [part.name if part else "a whole model" for part in alone]
     if kinds[0] != kinds[1]:
@@ -166,6 +169,14 @@ def both(first: Path, second: Path, variant: str | None) -> tuple[Checkpoint, Ch
     if a.config.kind != b.config.kind:
         raise InputError(f"{first} is a {a.config.kind}, {second} a {b.config.kind}: they have no tensors to compare")
     return a, b
+
+
+def refuse_adapter(path: Path) -> None:
+    """InputError for an adapter, whose tensors are only comparable on the weights of a model."""
+    if os.path.exists(path) and adapter_file(path):
+        remedy = "put each on the same model with `weights-convert lora merge`, and compare these models"
+        looking = "or see what each is with `weights-convert inspect`"
+        raise InputError(f"expected two models, found an adapter (LoRA), {path}: {remedy}, {looking}")
 
 
 def compared(key: str, x: Tensor, y: Tensor) -> tuple[Difference | None, str | None]:

@@ -27,17 +27,20 @@ NAMED = {  # the files that diffusers' layout names, by subfolder
 }
 
 
-def check_target(target: Path, size: int, force: bool) -> None:
+def check_target(target: Path, size: int, force: bool, is_folder: bool = False) -> None:
     """InputError unless `size` bytes can be written there, and nothing is there yet (or `force` is given).
 
-    Deletes what killed processes left beside it, so that nothing piles up.
+    As one safetensors file, or as the files of a folder. Deletes what killed processes left beside it, so that nothing
+    piles up.
     """
     check_name(target)
     folder = target.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"cannot write {target}: expected an existing, writable folder {folder}")
     clear(folder)  # first: it may put back what was there
-    check_replaceable(target, force)
+    check_kind(target, is_folder)
+    if target.exists() and not force:
+        raise InputError(f"{target} is there already: name another target, or give --force to replace it")
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(f"{target} needs {size / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")
@@ -55,16 +58,26 @@ def check_name(target: Path) -> None:
         raise InputError(f"cannot write {target}: {error.strerror}") from error
 
 
-def check_replaceable(target: Path, force: bool) -> None:
-    """InputError where something is there that is not to be replaced."""
-    exists = target.exists()
-    if exists and not force:
-        raise InputError(f"{target} is there already: name another target, or give --force to replace it")
-    if target.is_symlink() or (exists and not (target.is_file() or target.is_dir())):
+def check_kind(target: Path, is_folder: bool) -> None:
+    """InputError where a file, or a folder, cannot have this name; or where `--force` would not replace what has it."""
+    if target.is_symlink() or (target.exists() and not (target.is_file() or target.is_dir())):
         raise InputError(f"{target} is a link or a device, no file or folder: name another target")
     is_model = any((target / name).is_file() for name in (FOLDER_INDEX, PART_CONFIG))
     if target.is_dir() and any(target.iterdir()) and not is_model:
         raise InputError(f"{target} is a folder that holds other things than a model: name another target")
+    if is_folder and target.is_file():
+        raise InputError(f"{target} is a file: name a folder for diffusers' layout")
+    if not is_folder and target.is_dir():
+        raise InputError(f"{target} is a folder: name a file for the official layout")
+    if not is_folder:
+        check_suffix(target)
+
+
+def check_suffix(target: Path) -> None:
+    """InputError for the name of a file by which other tools would take it for another format, such as a pickle."""
+    if target.suffix.lower() != ".safetensors":
+        found = f"found {target.suffix!r}, by which other tools would not know what it is"
+        raise InputError(f"cannot write {target}: expected a name that ends in .safetensors, {found}")
 
 
 def check_apart(target: Path, read: Iterable[Path], is_folder: bool) -> None:

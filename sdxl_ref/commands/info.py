@@ -1,6 +1,7 @@
 """`sdxl-ref info`: what a file is: a model, a part of one or an adapter; sizes, dtypes, extras."""
 
 import argparse
+from contextlib import suppress
 
 from sdxl_ref.adapters.report import describe_any
 
@@ -12,4 +13,6 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    print("\n".join(describe_any(a.checkpoint, a.variant, check=a.check).lines()))
+    lines = describe_any(a.checkpoint, a.variant, check=a.check).lines()
+    with suppress(BrokenPipeError):  # who reads may have seen enough
+        print("\n".join(lines))

@@ -78,7 +78,9 @@ class NoiseSchedule:
             t = np.linspace(TRAIN_STEPS - 1, 0, steps, endpoint=False).astype(int).astype(float)
             t = t if steps < TRAIN_STEPS else np.arange(TRAIN_STEPS - 1.0, -1.0, -1.0)
         else:
-            raise InputError(unknown("spacing", spacing, SPACINGS))
+            from sdxl_ref.diffusion.spacing_names import answer  # other tools' names
+
+            raise InputError(answer(spacing, SPACINGS))
         if t[0] > TRAIN_STEPS - 1:
             raise InputError(f'"leading" with {steps} steps leaves the {TRAIN_STEPS} training steps: use "trailing"')
         return t

@@ -16,16 +16,20 @@ from PIL import Image, ImageCms, ImageOps
 from sdxl_ref.config import InputError
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of the colour space that a profile is for
+FRAMED = ("GIF", "PNG", "TIFF", "WEBP", "AVIF")  # a phone's JPEG (MPO) has but previews and depths behind its picture
 SCALES = {"L;2": 85, "L;4": 17}  # of grey in 2 and 4 bits: Pillow scales the pixels, and not the transparent level
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> upright 8-bit RGB in sRGB: transparency goes over white, 16 bits are divided by 257.
 
-    A warning where there is a colour profile that is damaged, or for another kind of picture: it is left out.
+    A warning where there is a colour profile that is damaged, or for another kind of picture: it is left out; and
+    where a file holds several pictures, of which this is the first.
     InputError for values whose range is not known.
     """
     name = getattr(image, "filename", "") or "a picture"
+    if image.format in FRAMED and getattr(image, "is_animated", False) and image.tell() == 0:
+        warnings.warn(f"{name} holds several pictures (an animation, or pages): the first alone is used", stacklevel=2)
     profile = image.info.get("icc_profile")
     transparent = transparent_colour(image)
     image = ImageOps.exif_transpose(image)

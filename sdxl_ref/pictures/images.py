@@ -51,7 +51,8 @@ def opened(name: str) -> Any:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL picture -> upright 8-bit RGB in sRGB. The one place that imports what other kinds than RGB need."""
-    if image.mode != "RGB" or image.has_transparency_data or image.info.get("icc_profile"):
+    marks = (image.has_transparency_data, image.info.get("icc_profile"), getattr(image, "is_animated", False))
+    if image.mode != "RGB" or any(marks):
         from sdxl_ref.pictures.colours import to_srgb
 
         image = to_srgb(image)

@@ -105,7 +105,7 @@ class CallablePipeline:
         Returns pictures (b,3,H,W) in [0,1], or, where its `output_type` is "latent", latents (b,4,h,w).
         """
         prompts = f"{request.prompt}\n{request.prompt_2}\n{request.negative_prompt}\n{request.negative_prompt_2}"
-        if any(mark in prompts for mark in ("(", "<", "[", "BREAK")):
+        if any(mark in prompts for mark in ("(", "<", "[", "{", "AND", "BREAK", "embedding:")):
             from sdxl_ref.text.markup import note_markup  # other tools'
 
             note_markup(prompts)

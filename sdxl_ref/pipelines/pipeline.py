@@ -295,8 +295,9 @@ class Pipeline(CallablePipeline):
 def sample(request: Request, denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generator) -> Iterator[Step]:
     """The steps of the request's sampler from x (b,4,h,w), which stands at the first of `sigmas`."""
     sampler = SAMPLERS[request.sampler or SDXL.sampler]
+    advice = "lower the guidance scale, " if request.guided else ""
     for step in sampler(denoise, x, sigmas, generator=generator, **request.sampler_options()):
-        check_finite(f"the UNet, on the step to sigma {float(step.sigma):.4g},", step.x)
+        check_finite(f"the UNet, on the step to sigma {float(step.sigma):.4g},", step.x, advice)
         yield step
 
 
@@ -308,9 +309,9 @@ def per_image(prompt: Prompt, count: int) -> list[str]:
     return [text for text in prompts for _ in range(count // len(prompts))]
 
 
-def check_finite(stage: str, tensor: Tensor) -> Tensor:
-    """The tensor itself; InputError that names the stage where a value is NaN or infinite."""
+def check_finite(stage: str, tensor: Tensor, advice: str = "") -> Tensor:
+    """The tensor itself; InputError that names the stage where a value is NaN or infinite, with advice of its own."""
     if not torch.isfinite(tensor).all():
         hint = "check the weights with `sdxl-ref info --check`, or use another dtype (the VAE overflows in float16)"
-        raise InputError(f"{stage} returned values that are not finite (NaN or infinite): {hint}")
+        raise InputError(f"{stage} returned values that are not finite (NaN or infinite): {advice}{hint}")
     return tensor

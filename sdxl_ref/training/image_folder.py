@@ -8,11 +8,12 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sdxl_ref.config import InputError
 from sdxl_ref.training.caption_files import CAPTIONS, has_captions, read_captions
-from sdxl_ref.training.examples import Example, Examples, counted, files_in, is_picture
+from sdxl_ref.training.examples import PICTURES, Example, Examples, counted, files_in, is_picture
 from sdxl_ref.weights.regular import check_regular, read_text
 
 METADATA = "metadata.jsonl"
@@ -24,7 +25,15 @@ OTHER_NAMES = {  # of columns, in other tools' tables
     "text": ("caption", "prompt", "captions", "description", "txt", "label", "tags"),
 }
 TABLES = (".csv", ".tsv", ".json", ".parquet", ".xlsx")
-FROM_CSV = "python -c 'import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]'"
+FROM_CSV = (  # as Excel writes it too: with a mark at the beginning, semicolons, decimal commas
+    "python3 -c 'import csv, io, json, sys; "
+    'text = sys.stdin.buffer.read().decode("utf-8-sig"); '
+    'separator = max(",;\\t", key=text.split("\\n")[0].count); '
+    "rows = csv.DictReader(io.StringIO(text), delimiter=separator); "
+    'number = lambda cell: float(cell.replace(",", ".")) if cell else None; '
+    '[print(json.dumps({name: number(cell) if name == "aesthetic_score" else cell for name, cell in row.items()}))'
+    " for row in rows]'"
+)
 
 
 def read_folder(folder: Path) -> Examples:
@@ -60,15 +69,20 @@ def read_folder(folder: Path) -> Examples:
 def no_captions(folder: Path, files: Sequence[Path]) -> str:
     """Why a folder is none of captioned pictures, and what to do."""
     problem = f"expected {METADATA} in {folder}, or a caption file beside each picture, found neither"
-    tables = [path.name for path in files if path.parent == folder and path.suffix.lower() in TABLES]
+    own = [path.name for path in files if path.parent == folder]
+    tables = [name for name in own if name.lower().endswith(TABLES)]
     below = [path for path in files if path.name == METADATA]
-    if tables and tables[0].endswith(".csv"):
-        remedy = f"with its columns named file_name and text, {FROM_CSV} < {tables[0]} > {METADATA}"
-        return f"{problem}, but {tables[0]}: {remedy}"
+    if lines := [name for name in own if ".jsonl" in name.lower()]:
+        return f"{problem}, but {lines[0]}: rename it to {METADATA}"
+    if tables and tables[0].lower().endswith(".csv"):
+        command = f"{FROM_CSV} < {quote(str(folder / tables[0]))} > {quote(str(folder / METADATA))}"
+        return f"{problem}, but {tables[0]}: with its columns named file_name and text, {command}"
     if tables:
         return f"{problem}, but {tables[0]}: write what it says as lines such as {SAMPLE_LINE}"
     if below:
         return f"{problem}, but {below[0]}: name its folder"
+    if not any(map(is_picture, files)):
+        return f"expected pictures in {folder}, found none ({', '.join(PICTURES)}): name the folder that holds them"
     return f"{problem}: write a line for each picture, as {SAMPLE_LINE}"
 
 

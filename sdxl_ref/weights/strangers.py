@@ -12,7 +12,7 @@ from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import LABEL, Shapes
 
 WHOLE = "expected the file of a whole model"
-AS_LORA = "put it on a model: --lora FILE, or load_lora_weights"
+AS_LORA = "put it on a model: --lora FILE of sdxl-ref, or load_lora_weights in Python"
 NOT_RUN = "this package runs bases, refiners and adapters of theirs"
 
 

@@ -185,13 +185,15 @@ def test_a_process_that_fails() -> None:
 
 
 FULL = "sdxl-ref: error: [Errno 28] No space left on device\n"
-STREAMS = [("> /dev/full", 1, FULL), ("| head -0", 1, ""), (">&-", 0, ""), ("2>&-", 0, "")]
+STREAMS = [("> /dev/full", 1, FULL), ("| head -0", 0, ""), (">&-", 0, ""), ("2>&-", 0, "")]
 PRINTS = """
 import sys, time
 from sdxl_ref.cli import run
 def work():
     time.sleep(0.1)  # who reads has gone by then
     print("a line")
+    if "flush" in sys.argv:
+        sys.stdout.flush()
     if "fail" in sys.argv:
         raise OSError("the disk is gone")
     return 0
@@ -201,7 +203,8 @@ sys.exit(run("sdxl-ref", work))
 
 def redirected(command: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
     line = f'set -o pipefail; "$@" {redirection}'
-    return subprocess.run(["bash", "-c", line, "bash", *command], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    return subprocess.run(["bash", "-c", line, "bash", *command], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(("redirection", "status", "error"), STREAMS)
@@ -209,6 +212,23 @@ def test_streams_that_are_full_or_closed(redirection: str, status: int, error: s
     """What cannot be written is told, but for a reader who has gone; a closed stream is nobody's mistake."""
     result = redirected([sys.executable, "-c", PRINTS], redirection)
     assert (result.returncode, result.stderr) == (status, error)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_info_who_has_seen_enough_changes_no_status(unbuffered: str, tiny_refiner_file: Path) -> None:
+    """Whether he goes before the lines are written or after: `| head -1` is a race."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "sdxl_ref", "info", str(tiny_refiner_file)]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_reader_who_has_gone_stops_work_that_is_not_done() -> None:
+    result = redirected([sys.executable, "-c", PRINTS, "flush"], "| head -0")
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("redirection", ["", ">&-"])
@@ -219,7 +239,7 @@ def test_a_system_that_fails_is_told_in_one_line(redirection: str) -> None:
 
 @pytest.mark.parametrize(
     ("redirection", "status", "error"),
-    [STREAMS[0], *(pytest.param(*case, marks=pytest.mark.sweep) for case in STREAMS[1:])],
+    [STREAMS[0], ("| head -0", 1, ""), *(pytest.param(*case, marks=pytest.mark.sweep) for case in STREAMS[2:])],
 )
 def test_a_command_whose_streams_are_full_or_closed(
     redirection: str, status: int, error: str, refine: Refine, here: Path

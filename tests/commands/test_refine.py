@@ -158,8 +158,11 @@ def test_markup_of_other_tools_is_noted_once(
     save_file(factors, "a.safetensors")
     assert refine(prompt="a (cat:1.3)", negative_prompt="BREAK", out="out.png", lora=lora) == 0
     error = capsys.readouterr().err
-    assert error.startswith("warning: '(cat:1.3)' in a prompt is read as words")
+    assert error.startswith("warning: '(cat:1.3)', 'BREAK' in a prompt are read as words")
     assert error.count("\n") == 1
+    for prompt in ("a AND b", "{a|b}", "embedding:foo"):  # the run looks for each of these marks
+        assert refine(prompt=prompt, out="out.png", steps=4) == 0
+        assert "in a prompt is read as words" in capsys.readouterr().err
     assert refine(prompt="a cat (grey)", out="out.png") == 0
     assert capsys.readouterr().err == ""
 

@@ -292,7 +292,7 @@ def test_bad_numbers_of_steps(spacing: str, steps: Any) -> None:
         SCHEDULE.discretize(steps, spacing)
 
 
-@pytest.mark.parametrize("spacing", ["", "Leading", "karras", None])
+@pytest.mark.parametrize("spacing", ["", "Leading", "exponential", None])
 def test_an_unknown_spacing(spacing: Any) -> None:
     with pytest.raises(InputError, match="expected one of leading, trailing, linspace, sgm") as caught:
         SCHEDULE.discretize(50, spacing)

@@ -248,3 +248,16 @@ def test_a_stage_that_turns_non_finite_is_named(part: str, stage: str) -> None:
     next(getattr(pipe, part).parameters()).fill_(float("nan"))
     with pytest.raises(InputError, match=f"{stage}.*not finite"):
         run(pipe)
+
+
+@pytest.mark.parametrize(
+    ("part", "guidance_scale", "advised"), [("unet", 5.0, True), ("unet", 1.0, False), ("vae", 5.0, False)]
+)
+def test_a_lower_guidance_scale_is_advised_where_there_is_guidance(
+    part: str, guidance_scale: float, advised: bool
+) -> None:
+    pipe = own_pipe()
+    next(getattr(pipe, part).parameters()).fill_(float("nan"))
+    with pytest.raises(InputError, match="check the weights with") as caught:
+        run(pipe, guidance_scale=guidance_scale)
+    assert ("lower the guidance scale, check" in str(caught.value)) == advised

@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +65,9 @@ def test_a_bad_line_is_named(tmp_path: Path, line: dict[str, Any] | str, message
 def test_a_folder_without_lines_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such folder of pictures: .*none"):
         read_folder(tmp_path / "none")
+    with pytest.raises(InputError, match=r"expected pictures in .*, found none \(\.png, .*: name the folder"):
+        read_folder(tmp_path)
+    speckled(0, 8, 8).save(tmp_path / "cup.png")
     with pytest.raises(InputError, match=f"expected {METADATA} in .*write a line for each picture"):
         read_folder(tmp_path)
     for text in ("", "\n \n"):
@@ -102,17 +104,51 @@ def test_a_fault_of_every_line_comes_with_its_remedy(fields: dict[str, Any], rem
     assert "line 1" in str(error.value)
 
 
-def test_the_remedy_for_a_csv_works_when_it_is_pasted(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, [])
+CSV = 'file_name,text,aesthetic_score\nsquare.png,"a cup, red",6.5\nmore/other.png,"a ""cup""; é",\n'
+TABLES = {
+    "plain": CSV.encode(),
+    "Excel's mark and line ends": b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode(),
+    "semicolons and decimal commas": (
+        'file_name;text;aesthetic_score\nsquare.png;a cup, red;6,5\nmore/other.png;"a ""cup""; é";\n'.encode()
+    ),
+    "tabs": CSV.replace(",", "\t").replace("\t red", ", red").encode(),
+}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "my table's.CSV"])
+@pytest.mark.parametrize("table", TABLES)
+def test_the_remedy_for_a_csv_works_when_it_is_pasted(table: str, name: str, tmp_path: Path) -> None:
+    """From anywhere, as it is printed."""
+    folder = write_folder(tmp_path / "my pictures", [])
     (folder / METADATA).unlink()
-    (folder / "metadata.csv").write_text('file_name,text\nsquare.png,"a cup, red"\nmore/other.png,"a ""cup"""\n')
-    with pytest.raises(InputError, match=r"found neither, but metadata\.csv: with its columns named") as error:
+    (folder / name).write_bytes(TABLES[table])
+    with pytest.raises(InputError, match=r"found neither, but .*: with its columns named") as error:
         read_folder(folder)
     remedy = str(error.value).partition("file_name and text, ")[2]
-    subprocess.run(remedy.replace("python ", f"{sys.executable} ", 1), shell=True, check=True, cwd=folder)
+    subprocess.run(remedy, shell=True, check=True, cwd=tmp_path)
     found = read_folder(folder)
-    assert [example.text for example in found.examples] == ["a cup, red", 'a "cup"']
+    assert [example.text for example in found.examples] == ["a cup, red", 'a "cup"; é']
+    assert [example.aesthetic_score for example in found.examples] == [6.5, None]
+
+
+def test_a_csv_without_scores_and_with_lines_in_a_caption(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [])
+    (folder / METADATA).unlink()
+    (folder / "metadata.csv").write_text('file_name,text\nsquare.png,"a\ncup"\n')
+    with pytest.raises(InputError) as error:
+        read_folder(folder)
+    subprocess.run(str(error.value).partition("file_name and text, ")[2], shell=True, check=True)
+    found = read_folder(folder)
+    assert [example.text for example in found.examples] == ["a\ncup"]
     assert "not read: 1 other table (metadata.csv); of " in found.notes[1]
+
+
+@pytest.mark.parametrize("name", ["Metadata.jsonl", "captions.jsonl", "metadata.jsonl.txt"])
+def test_lines_under_another_name_are_named(name: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, LINES)
+    (folder / METADATA).rename(folder / name)
+    with pytest.raises(InputError, match=f"found neither, but {name}: rename it to {METADATA}"):
+        read_folder(folder)
 
 
 @pytest.mark.parametrize("table", ["captions.json", "metadata.parquet", "captions.tsv"])

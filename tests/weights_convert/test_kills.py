@@ -23,7 +23,7 @@ class Conversion:
     def __init__(self, source: Path, folder: Path, layout: str) -> None:
         self.folder = folder / "targets"
         self.folder.mkdir()
-        self.target = self.folder / "target"
+        self.target = self.folder / "target.safetensors"
         self.run = partial(convert, source, self.target, layout, force=True)
         self.run()
         own = (
@@ -82,7 +82,7 @@ def test_a_kill_leaves_the_old_or_the_whole_new(conversion: Conversion, layout: 
     conversion.run()
     assert contents(conversion.target) == conversion.new
     assert not left.exists()
-    assert [path.name for path in conversion.folder.iterdir()] == ["target"]
+    assert [path.name for path in conversion.folder.iterdir()] == ["target.safetensors"]
 
 
 def test_where_names_cannot_be_swapped_too(
@@ -117,7 +117,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_whole_new(conversion: Conver
     for call in count():
         seen.append(conversion.is_new_after(lambda work, call=call: kills.append(killed_before(work, call))))
         clear(conversion.folder)  # or the next run would, by more calls
-        assert [path.name for path in conversion.folder.iterdir()] == ["target"]
+        assert [path.name for path in conversion.folder.iterdir()] == ["target.safetensors"]
         if not kills[-1]:
             break
     assert set(seen) == {True, False}  # some kills came before the end, some after

@@ -3,17 +3,21 @@
 import json
 from pathlib import Path
 
+import peers
 import pytest
 import torch
+from adapter_files import random_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sdxl_ref.config import InputError
 from sdxl_ref.weights import report
 from sdxl_ref.weights.checkpoint import KNOWN_FILES
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.tensor_files import sha256_of
 from weights_convert.cli import main
 from weights_convert.convert import convert, model_spec
+from weights_convert.reports import diff
 from weights_convert.stream import HASH_KEY
 
 
@@ -266,3 +270,13 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert out == ""
         assert err.count("\n") == 1
         assert err.startswith("weights-convert: error: ")
+
+
+def test_adapters_are_not_compared_and_what_to_do_is_told(small_refiner_file: Path, tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        random_file(peers.SMALL_REFINER, tmp_path / name)
+    for pair in (("a", "b"), ("a", small_refiner_file.with_suffix("")), (small_refiner_file.with_suffix(""), "b")):
+        first, second = (tmp_path / f"{name}.safetensors" for name in pair)
+        with pytest.raises(InputError, match=r"found an adapter \(LoRA\), .*weights-convert lora merge") as caught:
+            diff(first, second)
+        assert "--lora" not in str(caught.value)

@@ -48,6 +48,35 @@ def test_targets(small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.M
     assert open_checkpoint(target).config.kind == "refiner"
 
 
+def test_force_is_advised_only_where_it_is_followed(small_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
+    """A target that `--force` would not replace is told as what it is, whether it is given or not."""
+    other, file = tmp_path / "other", tmp_path / "file.safetensors"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    file.write_text("precious")
+    cases = [
+        (file, "diffusers", "is a file: name a folder"),
+        (folder, "official", "is a folder: name a file"),
+        (other, "official", "is a folder that holds other things than a model"),
+        (other, "diffusers", "is a folder that holds other things than a model"),
+    ]
+    for force in (False, True):
+        for target, to, message in cases:
+            for part in (None, "vae") if target != folder else (None,):
+                with pytest.raises(InputError, match=message):
+                    convert(small_refiner_file, target, to, force=force, part=part)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model", "model.safetensors.bin"])
+def test_a_file_has_a_name_by_which_other_tools_know_it(small_refiner_file: Path, tmp_path: Path, name: str) -> None:
+    for part in (None, "unet"):
+        with pytest.raises(InputError, match=f"cannot write .*{name}: expected a name that ends in .safetensors"):
+            convert(small_refiner_file, tmp_path / name, "official", part=part)
+    words = ["merge", str(small_refiner_file), "none.safetensors", "--out", str(tmp_path / name)]
+    assert main(["lora", *words]) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_force_replaces_models_alone(small_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
     other, precious = tmp_path / "other", tmp_path / "precious.safetensors"
     other.mkdir()
@@ -163,7 +192,7 @@ def test_of_two_conversions_to_one_new_target_one_wins_and_the_other_is_told(
     to: str, small_refiner_file: Path, small_base_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have found the target free before either writes."""
-    target = tmp_path / "target"
+    target = tmp_path / "target.safetensors"
     both_write = threading.Barrier(2)
     header = stream.header
     waiting = threading.local()
@@ -194,7 +223,7 @@ def test_of_two_conversions_to_one_new_target_one_wins_and_the_other_is_told(
     [told] = [outcome for outcome in outcomes.values() if outcome != "won"]
     assert told == f"{target} has come there meanwhile, and stays: name another target, or give --force to replace it"
     assert open_checkpoint(target).config.kind == winner
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
 @pytest.mark.parametrize("to", ["official", "diffusers"])
@@ -202,7 +231,7 @@ def test_of_two_conversions_to_one_new_target_one_wins_and_the_other_is_told(
 def test_what_comes_to_the_target_meanwhile_stays(
     to: str, has_links: bool, small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "target"
+    target = tmp_path / "target.safetensors"
     header = stream.header
 
     def somebody_writes(*arguments: Any) -> bytes:
@@ -212,7 +241,7 @@ def test_what_comes_to_the_target_meanwhile_stays(
     monkeypatch.setattr(stream, "header", somebody_writes)
     if not has_links:
         monkeypatch.setattr("os.link", no_links)
-    with pytest.raises(InputError, match="target has come there meanwhile, and stays"):
+    with pytest.raises(InputError, match=r"target\.safetensors has come there meanwhile, and stays"):
         convert(small_refiner_file, target, to)
     assert target.read_text() == "precious"
 

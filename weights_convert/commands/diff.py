@@ -1,6 +1,7 @@
 """`weights-convert diff`: compare two, tensor by tensor, across layouts; status 1 where they differ."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from weights_convert.commands.common import add_reading_options, first_of, print_json, print_table
@@ -18,10 +19,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     comparison = diff(a.first, a.second, a.variant)
-    if a.json:
-        print_json(comparison.to_json())
-    else:
-        print_comparison(comparison)
+    with suppress(BrokenPipeError):  # who reads may have seen enough
+        if a.json:
+            print_json(comparison.to_json())
+        else:
+            print_comparison(comparison)
     return 0 if comparison.is_same() else 1
 
 

@@ -1,6 +1,7 @@
 """`weights-convert inspect`: what a file or folder is: a model, a part of one or an adapter; sizes, dtypes, extras."""
 
 import argparse
+from contextlib import suppress
 
 from sdxl_ref.adapters.report import describe_any
 from weights_convert.commands.common import add_reading_options, print_json
@@ -13,8 +14,9 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     description = describe_any(a.path, a.variant)
-    if a.json:
-        print_json(description.to_json())
-    else:
-        print("\n".join(description.lines()))
+    with suppress(BrokenPipeError):  # who reads may have seen enough
+        if a.json:
+            print_json(description.to_json())
+        else:
+            print("\n".join(description.lines()))
     return 0

@@ -11,6 +11,7 @@ from sdxl_ref.commands.adapter_options import path_and_scale
 from sdxl_ref.commands.common import adapter_files, check_writable
 from weights_convert.adapters import convert_adapter, extract, merge
 from weights_convert.commands.common import add_target_option
+from weights_convert.targets import check_suffix
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,6 +41,7 @@ def add_merge(p: argparse.ArgumentParser) -> None:
 
 def run_merge(a: argparse.Namespace) -> None:
     check_writable(a.out, read=[a.source, *adapter_files(a.adapters)])
+    check_suffix(a.out)
     dtype = getattr(torch, a.dtype) if a.dtype else None
     print(merge(a.source, [path_and_scale(text) for text in a.adapters], a.out, a.force, dtype))
 
@@ -55,6 +57,7 @@ def add_extract(p: argparse.ArgumentParser) -> None:
 
 def run_extract(a: argparse.Namespace) -> None:
     check_writable(a.out, read=[a.first, a.second])
+    check_suffix(a.out)
     print(extract(a.first, a.second, a.out, a.rank, a.form, a.force))
 
 
@@ -68,6 +71,7 @@ def add_convert(p: argparse.ArgumentParser) -> None:
 
 def run_convert(a: argparse.Namespace) -> None:
     check_writable(a.out, read=[a.source, a.model])
+    check_suffix(a.out)
     print(convert_adapter(a.source, a.model, a.out, a.form, a.force))
 
 
