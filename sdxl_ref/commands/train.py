@@ -186,11 +186,8 @@ def objective(a: argparse.Namespace, kind: str, prediction: str) -> Objective:
 
 
 def check_out(a: argparse.Namespace, checkpoint: Checkpoint, examples: Examples) -> None:
-    """InputError where --out is the model's folder or among the pictures, or would have what is read written."""
+    """InputError where --out is the model's folder, or would have what is read written."""
     out = Path(os.path.realpath(a.out))
-    data = Path(os.path.realpath(a.data))
-    if data in (out, *out.parents):
-        raise InputError(f"expected --out apart from the pictures' folder {a.data}, found {a.out}: name another folder")
     if os.path.isdir(a.checkpoint):
         model = Path(os.path.realpath(a.checkpoint))
         if out == model or (checkpoint.path.is_dir() and model in out.parents):
