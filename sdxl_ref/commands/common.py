@@ -44,7 +44,7 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
     p.add_argument("--out", type=Path, metavar="FILE", help="a .png, .jpg, .webp or .tiff; replaced if it is there")
-    p.add_argument("--save-latents", type=Path, metavar="FILE", help="also the final latents, as a .safetensors")
+    p.add_argument("--save-latents", type=Path, metavar="FILE", help="also write the final latents, as safetensors")
 
 
 def add_request_options(p: argparse.ArgumentParser, request_type: type[Request], *names: str) -> None:
@@ -142,10 +142,10 @@ def say_what_runs(checkpoint: Checkpoint, dtype: str, device: torch.device) -> N
         print(f"note: {checkpoint.note}")
 
 
-def check_format(path: Path | None, suffixes: Sequence[str] = SUFFIXES) -> None:
-    """InputError unless the name of a result says a format in which it can be written: before the work."""
-    if path is not None and path.suffix.lower() not in suffixes:
-        raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(suffixes)}")
+def check_format(path: Path) -> None:
+    """InputError unless the name of a picture says one of the formats that can be written: before the work."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:

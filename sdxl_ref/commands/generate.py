@@ -59,7 +59,6 @@ def run(a: argparse.Namespace) -> None:
         *dict.fromkeys((*outs, out)), a.save_latents, read=[*models, a.vae, *common.adapter_files(a.lora)]
     )
     common.check_format(out)
-    common.check_format(a.save_latents, [".safetensors"])
     seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
     first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds])
     refiner_file = None if a.refiner is None else ImageToImagePipeline.open(a.refiner, a.variant, vae=True)

@@ -32,7 +32,6 @@ def run(a: argparse.Namespace) -> None:
     out = a.out or Path(f"{Path(a.image).stem}-refined.png")
     common.check_writable(out, a.save_latents, read=[a.image, a.checkpoint, a.vae, *common.adapter_files(a.lora)])
     common.check_format(out)
-    common.check_format(a.save_latents, [".safetensors"])
     device = common.pick_device(a.device)
     photo = load_image(a.image)
     photo_sha256 = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
