@@ -13,7 +13,7 @@ from sdxl_ref.weights.folder import EXTRAS_FILE
 from sdxl_ref.weights.folder_saving import MEANWHILE, new_folder, put_new, replacing_folder
 from sdxl_ref.weights.leftovers import clear
 from sdxl_ref.weights.saving import make_permanent, replacing
-from sdxl_ref.weights.tensor_files import FOLDER_INDEX
+from sdxl_ref.weights.tensor_files import FOLDER_INDEX, PICKLES
 
 PART_CONFIG = "config.json"  # what makes a folder that of one part
 WEIGHTS = r"(diffusion_pytorch_model|pytorch_model|model)[.-].*(safetensors|bin|json)"  # of any variant, sharded or not
@@ -75,8 +75,8 @@ def check_kind(target: Path, is_folder: bool) -> None:
 
 def check_suffix(target: Path) -> None:
     """InputError for the name of a file by which other tools would take it for another format, such as a pickle."""
-    if target.suffix.lower() != ".safetensors":
-        found = f"found {target.suffix!r}, by which other tools would not know what it is"
+    if target.suffix.lower() in PICKLES:
+        found = f"found {target.suffix!r}, which other tools would open as a pickle"
         raise InputError(f"cannot write {target}: expected a name that ends in .safetensors, {found}")
 
 

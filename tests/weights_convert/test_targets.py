@@ -67,8 +67,8 @@ def test_force_is_advised_only_where_it_is_followed(small_refiner_file: Path, fo
                     convert(small_refiner_file, target, to, force=force, part=part)
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model", "model.safetensors.bin"])
-def test_a_file_has_a_name_by_which_other_tools_know_it(small_refiner_file: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["model.ckpt", "model.PT", "model.safetensors.bin"])
+def test_no_file_is_named_as_a_pickle(small_refiner_file: Path, tmp_path: Path, name: str) -> None:
     for part in (None, "unet"):
         with pytest.raises(InputError, match=f"cannot write .*{name}: expected a name that ends in .safetensors"):
             convert(small_refiner_file, tmp_path / name, "official", part=part)
