@@ -57,9 +57,10 @@ def convert(
     """
     if to not in LAYOUTS:
         raise InputError(f"expected the layout {' or '.join(LAYOUTS)}, found {to!r}")
-    lone = find_lone_part(source, variant) if os.path.exists(source) else None
+    to_read = None if os.path.isfile(source) else variant
+    lone = find_lone_part(source, to_read) if os.path.exists(source) else None
     original = (
-        open_checkpoint(source, variant=variant, vae=None if vae is None else True) if lone is None else open_part(lone)
+        open_checkpoint(source, variant=to_read, vae=None if vae is None else True) if lone is None else open_part(lone)
     )
     read_from = [original.path, *(path for path in (vae, openclip) if path is not None)]
     check_apart(target, read_from, is_folder=to == "diffusers")

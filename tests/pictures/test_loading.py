@@ -154,6 +154,7 @@ def test_floating_point_is_refused(tmp_path: Path) -> None:
             load_image(source)
 
 
+@pytest.mark.filterwarnings("ignore:.* holds several pictures")  # told: see test_frames.py
 def test_the_first_of_several_frames(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
