@@ -43,6 +43,7 @@ def test_python(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == promised
 
 
+@pytest.mark.sweep  # and `make test-readme` pastes them into a shell
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As they stand, one after the other, on the small models."""
     lines = [line for block in blocks("sh|shell") for line in block.splitlines()]

@@ -145,6 +145,7 @@ def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch:
         assert not new.exists()
 
 
+@pytest.mark.sweep
 def test_killed_downloads_do_not_pile_up(fetch: Fetch) -> None:
     """Two runs are killed half-way; the third leaves nothing beside the file."""
     fetch.official = bytes(24 << 20)  # huggingface_hub writes 10 MB at a time

@@ -45,7 +45,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
-    "configs", [pytest.param(TINY, id="tiny"), pytest.param(CONFIGS, id="pocket", marks=pytest.mark.sweep)]
+    "configs",
+    [
+        pytest.param(TINY, id="tiny", marks=pytest.mark.sweep),
+        pytest.param(CONFIGS, id="pocket", marks=pytest.mark.sweep),
+    ],
 )
 def test_all_stages(
     configs: Mapping[str, ModelConfig],

@@ -7,6 +7,7 @@ import peers
 import pytest
 import torch
 from adapter_files import put_on
+from cases import diagonal
 from torch import Tensor, nn
 
 from sdxl_ref.adapters.writing import names_of
@@ -51,8 +52,9 @@ class Given(nn.Module):
         return self.answer
 
 
-@pytest.mark.parametrize("choice", [Choice(4, 2.0), Choice(3, None, ".", convolutions=True)], ids=["attention", "all"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "choice"), diagonal([*CONFIGS], [Choice(4, 2.0), Choice(3, None, ".", convolutions=True)])
+)
 def test_loss_and_gradients_of_a_step_equal_pefts(kind: str, choice: Choice) -> None:
     """PEFT puts its own layers on diffusers' UNet of the same weights."""
     from peft import LoraConfig, inject_adapter_in_model

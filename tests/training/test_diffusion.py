@@ -6,6 +6,7 @@ import diffusers
 import peers
 import pytest
 import torch
+from cases import diagonal
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from training_data import BASE
@@ -57,8 +58,7 @@ def batch(config: ModelConfig, captions: list[str]) -> Batch:
     return Batch(latents, captions, numbers.expand(len(captions), -1))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "prediction"), diagonal([*CONFIGS], PREDICTIONS))
 def test_loss_and_gradients_of_a_step_equal_diffusers(kind: str, prediction: str) -> None:
     """The peer's scheduler adds the noise and makes the target; it embeds the numbers itself and takes its own mean."""
     config = CONFIGS[kind]

@@ -12,6 +12,7 @@ from typing import Any
 import peers
 import pytest
 from adapter_files import random_file
+from cases import diagonal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -82,8 +83,7 @@ def test_ctrl_c(module: str, small_refiner_file: Path, capsys: Any, monkeypatch:
     assert capsys.readouterr().err == ("weights-convert: stopped; nothing is at the target that was not there before\n")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", ["inspect", "diff"])
+@pytest.mark.parametrize(("command", "unbuffered"), diagonal(["inspect", "diff"], ["", "1"]))
 def test_a_pipe_whose_reader_has_gone(command: str, unbuffered: str, small_refiner_file: Path) -> None:
     """The status is that of the work, whether the lines are written before or after he goes."""
     files = [str(small_refiner_file)] * (2 if command == "diff" else 1)
