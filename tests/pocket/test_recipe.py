@@ -44,13 +44,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize(
-    "configs",
-    [
-        pytest.param(TINY, id="tiny", marks=pytest.mark.sweep),
-        pytest.param(CONFIGS, id="pocket", marks=pytest.mark.sweep),
-    ],
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("configs", [TINY, CONFIGS], ids=["tiny", "pocket"])
 def test_all_stages(
     configs: Mapping[str, ModelConfig],
     tmp_path: Path,

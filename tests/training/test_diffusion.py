@@ -58,7 +58,7 @@ def batch(config: ModelConfig, captions: list[str]) -> Batch:
     return Batch(latents, captions, numbers.expand(len(captions), -1))
 
 
-@pytest.mark.parametrize(("kind", "prediction"), diagonal([*CONFIGS], PREDICTIONS))
+@pytest.mark.parametrize(("kind", "prediction"), diagonal([*CONFIGS], [*PREDICTIONS]))
 def test_loss_and_gradients_of_a_step_equal_diffusers(kind: str, prediction: str) -> None:
     """The peer's scheduler adds the noise and makes the target; it embeds the numbers itself and takes its own mean."""
     config = CONFIGS[kind]
