@@ -12,6 +12,7 @@ _NAMES = {
     "diffusion.samplers": ("SAMPLERS",),
     "diffusion.schedule": ("NoiseSchedule",),
     "networks.clip_l": ("CLIPTextEncoder",),
+    "networks.packing": ("pack", "unpack"),
     "networks.openclip_g": ("OpenCLIPTextEncoder",),
     "networks.unet": ("UNet",),
     "networks.vae": ("AutoencoderKL",),

@@ -5,6 +5,8 @@ from sdxl_ref.diffusion.samplers import SAMPLERS as SAMPLERS
 from sdxl_ref.diffusion.schedule import NoiseSchedule as NoiseSchedule
 from sdxl_ref.networks.clip_l import CLIPTextEncoder as CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder as OpenCLIPTextEncoder
+from sdxl_ref.networks.packing import pack as pack
+from sdxl_ref.networks.packing import unpack as unpack
 from sdxl_ref.networks.unet import UNet as UNet
 from sdxl_ref.networks.vae import AutoencoderKL as AutoencoderKL
 from sdxl_ref.pictures.images import load_image as load_image

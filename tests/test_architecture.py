@@ -69,6 +69,7 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
     "pipelines.calling": {  # what a run may ask for
         "adapters.active",
         "pictures.watermark",
+        "pipelines.packed",
         "pipelines.recording",
         "pipelines.steering",
         "text.markup",

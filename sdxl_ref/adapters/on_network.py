@@ -5,6 +5,8 @@ adapters change the parameters: W + sum of weight * delta (Hu et al. 2021, arXiv
 W that is kept and rounded once, so that no order of calls makes a difference and nothing adds up. A change that depends
 on W, DoRA's, is that of the W that is kept, whatever other adapters add.
 
+Of a packed network the parameters that change are unpacked for the change, and packed again.
+
 A network whose weights are read from a file when it works, and dropped afterwards, has none to change in between: it
 lies on the meta device, and whoever reads them calls `network.adapters.put_on_again(network)`. Where such a network has
 a function `drop_weights`, no W is kept: the weights are dropped, to be read again, when its adapters change.
@@ -21,9 +23,11 @@ from sdxl_ref.adapters.change import Change
 from sdxl_ref.adapters.lora import Adapter, add
 from sdxl_ref.adapters.places import Place
 from sdxl_ref.config import InputError
+from sdxl_ref.networks.packing import plain_weights
 from sdxl_ref.weights.dtypes import is_finite
 
 Layers = list[tuple[Place, Change]]  # that act on one parameter
+Changes = dict[str, list[tuple[float, Layers]]]  # what is added to each parameter, with its weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +91,9 @@ class NetworkAdapters:
         """The adapters that make a difference."""
         return {(self.loaded[name], weight) for name, (weight, _) in self.active.items() if weight != 0}
 
-    def _changes(self) -> dict[str, list[tuple[float, Layers]]]:
+    def _changes(self) -> Changes:
         """What is added to each parameter, always in the same order: sums in floating point depend on it."""
-        changes: dict[str, list[tuple[float, Layers]]] = {}
+        changes: Changes = {}
         for name in sorted(self.active):
             weight = self.active[name].weight
             if weight != 0:
@@ -101,6 +105,10 @@ class NetworkAdapters:
     def _change(self, network: nn.Module, keep: bool) -> None:
         """Make the parameters those of the active adapters; `keep` the originals, from which that starts."""
         changes = self._changes()
+        with plain_weights(network, {*self.originals, *changes}):
+            self._change_plain(network, changes, keep)
+
+    def _change_plain(self, network: nn.Module, changes: Changes, keep: bool) -> None:
         for key in self.originals.keys() - changes.keys():
             parameter = network.get_parameter(key)
             parameter.data = self.originals[key].to(parameter.device, parameter.dtype)

@@ -6,8 +6,7 @@ packed as the ecosystem's pipelines pack it.
 
 import functools
 import inspect
-import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,7 +70,9 @@ class CallablePipeline:
             if watermark and i == 0:  # not after the whole run
                 watermarks().check(MULTIPLE * step.x.shape[3], MULTIPLE * step.x.shape[2])
             if callback_on_step_end is not None:
-                steering().steer(step, callback_on_step_end(self, i, float(step.sigma), {"latents": step.x}))
+                from sdxl_ref.pipelines import steering  # of callbacks
+
+                steering.steer(step, callback_on_step_end(self, i, float(step.sigma), {"latents": step.x}))
 
         settings = recording().settings(self, request, watermark) if request.output_type == "pil" else {}
         result = self.run(request, on_step)
@@ -109,18 +110,16 @@ class CallablePipeline:
             from sdxl_ref.text.markup import note_markup  # other tools'
 
             note_markup(prompts)
-        steps = self.steps(request)
+        results: list[Tensor] = []
+
+        def steps() -> Iterator[Step]:
+            results.append((yield from self.steps(request)))
+
         total = len(self.plan(request).grid.timesteps)
-        with tqdm(total=total, **{"unit": "step", **self._progress}) as bar:
-            for i in itertools.count():
-                try:
-                    step = next(steps)
-                except StopIteration as end:
-                    return end.value
-                if on_step is not None:
-                    on_step(i, step)
-                bar.update()
-        raise AssertionError  # `count` has no end
+        for i, step in enumerate(tqdm(steps(), total=total, **{"unit": "step", **self._progress})):
+            if on_step is not None:
+                on_step(i, step)
+        return results[0]
 
     def wrapped(self, denoise: Denoise) -> Denoise:
         """The user's function around `denoise(x, sigma)`, if there is one."""
@@ -139,6 +138,18 @@ class CallablePipeline:
         from sdxl_ref.weights.offload import model_cpu_offload
 
         model_cpu_offload(self.models(), device)
+
+    def pack(self) -> None:
+        """Pack the networks for inference on this CPU, in place: see `sdxl_ref.pack`. InputError where it cannot be."""
+        from sdxl_ref.pipelines import packed
+
+        packed.pack(self.models())
+
+    def unpack(self) -> None:
+        """Have plain weights again, to the bit; only these are trained, saved or moved."""
+        from sdxl_ref.pipelines import packed
+
+        packed.unpack(self.models())
 
     def _no_scheduler(self, *_: Any) -> Any:
         """How a run steps is said by its arguments, or by a folder's scheduler settings where these are left out."""
@@ -172,13 +183,6 @@ class CallablePipeline:
     def unload_lora_weights(self) -> None:
         """Take all adapters off: the weights are what they were, bit for bit."""
         self.adapters.unload()
-
-
-def steering() -> Any:
-    """The module of callbacks, imported when there is one."""
-    from sdxl_ref.pipelines import steering
-
-    return steering
 
 
 def watermarks() -> Any:

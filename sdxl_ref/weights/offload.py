@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from sdxl_ref.config import InputError
+from sdxl_ref.networks.packing import drop_weights as drop_weights_of
+from sdxl_ref.networks.packing import pack
 from sdxl_ref.weights.checkpoint import PARTS, Checkpoint, build_empty
 
 
@@ -26,6 +28,7 @@ class Offload:
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.arrivals: list[str] = []
+        self.packs = False  # whether networks that are read are packed then
         self._present: nn.Module | None = None
         self._leave: Callable[[], Any] | None = None
 
@@ -48,6 +51,8 @@ class Offload:
             adapters: Any = getattr(network, "adapters", None)
             if adapters is not None:
                 adapters.put_on_again(network)
+            if self.packs:
+                pack(network, consume=True)
 
         def drop_weights() -> None:
             if self._present is network:
@@ -56,7 +61,7 @@ class Offload:
         network.drop_weights = drop_weights  # type: ignore[assignment]
 
         def drop() -> None:
-            network.to_empty(device="meta")
+            drop_weights_of(network)
             give_freed_memory_back()
 
         self._watch(f"{checkpoint.config.kind} {part}", network, fill, drop)

@@ -1,0 +1,58 @@
+"""Pack the networks of pipelines for a CPU, and give their plain weights back. Loaded when one is asked to."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from sdxl_ref.config import InputError
+from sdxl_ref.networks import packing
+from sdxl_ref.weights.checkpoint import PARTS
+
+
+def pack(pipelines: Sequence[Any]) -> None:
+    """Pack all networks of some pipelines in place; those that are read when they work are packed then.
+
+    InputError where one of them cannot be packed on this machine: then none is.
+    """
+    networks = list(networks_of(pipelines))
+    for network in networks:
+        why = "" if is_read_later(network) or packing.is_packed(network) else packing.why_not(network)
+        if why:
+            raise InputError(f"the pipeline cannot be packed: {why}: use it as it is")
+    change(pipelines, networks, packing.pack, packs=True)
+
+
+def unpack(pipelines: Sequence[Any]) -> None:
+    """The inverse of `pack`."""
+    change(pipelines, networks_of(pipelines), packing.unpack, packs=False)
+
+
+def change(
+    pipelines: Sequence[Any],
+    networks: Iterator[nn.Module] | Sequence[nn.Module],
+    turn: Callable[..., nn.Module],
+    packs: bool,
+) -> None:
+    """Turn networks into packed or plain ones, now, or when they are read."""
+    for pipeline in pipelines:
+        if pipeline.offload is not None:
+            pipeline.offload.packs = packs
+    for network in networks:
+        if not is_read_later(network) and packing.is_packed(network) != packs:
+            turn(network, consume=True)
+
+
+def networks_of(pipelines: Sequence[Any]) -> Iterator[nn.Module]:
+    """The networks, each once: pipelines may share one."""
+    seen: set[int] = set()
+    for pipeline in pipelines:
+        for network in (getattr(pipeline, part) for part in PARTS):
+            if network is not None and id(network) not in seen:
+                seen.add(id(network))
+                yield network
+
+
+def is_read_later(network: nn.Module) -> bool:
+    """Whether it has no weights now: see `Offload.read`."""
+    return any(parameter.is_meta for parameter in network.parameters())

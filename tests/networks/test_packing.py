@@ -1,0 +1,246 @@
+"""Packed networks: the same function up to rounding, under the same names; plain weights come back to the bit."""
+
+import copy
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import adapter_files
+import checks
+import peers
+import pytest
+import torch
+from cases import diagonal
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sdxl_ref import pack, unpack
+from sdxl_ref.adapters import lora
+from sdxl_ref.config import InputError
+from sdxl_ref.networks import packing
+
+ROUNDING = 1.1  # packed over plain, of their distances to the exact result: the median over seeds
+FLOAT32 = 5e-6
+BOUND = {torch.float32: FLOAT32, torch.bfloat16: 0.05}  # between two ways of rounding, in a whole network
+PACKED_HERE = [dtype for dtype in (torch.float32, torch.bfloat16) if not packing.why_not(nn.Linear(1, 1).to(dtype))]
+Calls = dict[str, tuple[Callable[[int], nn.Module], Callable[[Any, torch.dtype, int], Tensor]]]
+
+
+def noise(network: Any, *shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Rounded to a dtype, in that of the network: float64 tells what the same numbers would exactly give."""
+    return checks.normal(*shape, seed=seed, dtype=dtype).to(next(network.parameters()).dtype)
+
+
+def run_unet(unet: Any, dtype: torch.dtype, seed: int, size: tuple[int, int] = (12, 20), batch: int = 2) -> Tensor:
+    x = noise(unet, batch, 4, *size, seed=seed, dtype=dtype)
+    context = noise(unet, batch, 77, 64, seed=seed + 1, dtype=dtype)
+    y = noise(unet, batch, 1328, seed=seed + 2, dtype=dtype)
+    result: Tensor = unet(x, torch.tensor([100.0] * batch), context, y)
+    return result
+
+
+def run_tower(pick: int, tower: Any, _: torch.dtype, seed: int) -> Tensor:
+    tokens = torch.zeros(2, 77, dtype=torch.int64)
+    tokens[:, 1:9] = torch.randint(1, 49000, (2, 8), generator=torch.Generator().manual_seed(seed))
+    tokens[:, 9] = 49407
+    outputs = tower(tokens)
+    result: Tensor = outputs[pick] if isinstance(outputs, tuple) else outputs
+    return result
+
+
+def encode(vae: Any, dtype: torch.dtype, seed: int) -> Tensor:
+    mean: Tensor = vae.encode(noise(vae, 2, 3, 40, 32, seed=seed, dtype=dtype).clamp(-1, 1)).mean
+    return mean
+
+
+def decode(vae: Any, dtype: torch.dtype, seed: int) -> Tensor:
+    pictures: Tensor = vae.decode(noise(vae, 2, 4, 5, 4, seed=seed, dtype=dtype))
+    return pictures
+
+
+NETWORKS: Calls = {  # how each is made and run
+    "unet": (lambda seed: peers.small_unet(seed=seed), run_unet),
+    "encoder": (lambda seed: peers.small_vae(seed=seed), encode),
+    "decoder": (lambda seed: peers.small_vae(seed=seed), decode),
+    "bigG": (lambda seed: peers.small_openclip(seed=seed), partial(run_tower, 0)),
+    "pooled": (lambda seed: peers.small_openclip(seed=seed), partial(run_tower, 1)),
+    "CLIP-L": (lambda seed: peers.small_clip(seed=seed), partial(run_tower, 0)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _for_inference() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def network_of(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    return NETWORKS[name][0](seed).to(dtype).eval().requires_grad_(False)
+
+
+def test_this_machine_packs_float32() -> None:
+    """Or else the tests below test little: what cannot be packed is refused with a reason."""
+    assert torch.float32 in PACKED_HERE
+
+
+@pytest.mark.parametrize("seeds", [4, pytest.param(20, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(("name", "dtype"), diagonal([*NETWORKS], [torch.float32, torch.bfloat16]))
+def test_it_rounds_no_worse_than_plain(name: str, dtype: torch.dtype, seeds: int) -> None:
+    ratios = []
+    for seed in range(seeds):
+        plain = network_of(name, dtype, seed)
+        run = NETWORKS[name][1]
+        exact = run(copy.deepcopy(plain).double(), dtype, seed)
+        packed = run(pack(plain), dtype, seed)
+        ratios.append(peers.distance(packed, exact) / peers.distance(run(plain, dtype, seed), exact))
+    print(f"{name} {dtype}: median ratio {statistics.median(ratios):.3f}")
+    assert statistics.median(ratios) <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in NETWORKS), ("unet", torch.float32), ("bigG", torch.float32)],
+)
+def test_the_plain_network_stays_and_comes_back(name: str, dtype: torch.dtype) -> None:
+    plain = network_of(name, dtype)
+    before = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
+    names = [key for key, _ in plain.named_modules()]
+    packed = pack(plain)
+    run = NETWORKS[name][1]
+    assert peers.distance(run(packed, dtype, 0), run(plain, dtype, 0)) <= BOUND[dtype]
+    assert packing.is_packed(packed)
+    assert not packing.is_packed(plain)
+    assert [key for key, _ in packed.named_modules()] == names
+    assert adapter_files.same(before, dict(plain.state_dict()))
+    back = unpack(packed)
+    assert packing.is_packed(packed)
+    assert [type(module) for module in back.modules()] == [type(module) for module in plain.modules()]
+    assert adapter_files.same(before, dict(back.state_dict()))
+    assert torch.equal(run(back, dtype, 0), run(plain, dtype, 0))
+    assert pack(plain, consume=True) is plain
+    assert unpack(plain, consume=True) is plain
+    assert adapter_files.same(before, dict(plain.state_dict()))
+
+
+def test_convolutions_stay_plain_in_float32() -> None:
+    """Their packed kernels round worse."""
+    vae = network_of("decoder")
+    assert torch.equal(decode(pack(vae), torch.float32, 0), decode(vae, torch.float32, 0))
+
+
+def test_what_the_copy_changes_is_its_own() -> None:
+    plain = network_of("unet")
+    packed = pack(plain)
+    bias = packed.get_parameter("time_embed.0.bias")
+    bias.add_(1)
+    assert not torch.equal(bias, plain.get_parameter("time_embed.0.bias"))
+
+
+@pytest.mark.parametrize("dtype", PACKED_HERE, ids=str)
+def test_pictures_of_any_size_after_packing(dtype: torch.dtype) -> None:
+    """Also in turns: weights are brought into another order and back."""
+    plain = network_of("unet", dtype)
+    double = copy.deepcopy(plain).double()
+    packed = pack(plain)
+    sizes = [((8, 8), 1), ((33, 17), 2), ((2, 3), 1), ((64, 48), 1), ((8, 8), 3), ((33, 17), 1)]
+    for size, batch in sizes:
+        ours, theirs, exact = (run_unet(network, dtype, 0, size, batch) for network in (packed, plain, double))
+        assert peers.distance(ours, exact) <= 2 * peers.distance(theirs, exact)  # a single seed: see above for more
+        assert torch.equal(ours, run_unet(pack(plain), dtype, 0, size, batch))
+    assert adapter_files.same(dict(plain.state_dict()), dict(unpack(packed).state_dict()))
+
+
+def test_hooks_and_edits_work_by_the_official_names() -> None:
+    plain = network_of("unet")
+    name = "middle_block.1.transformer_blocks.0.attn2.to_v"
+    seen: list[Tensor] = []
+    plain.get_submodule(name).register_forward_hook(lambda *call: seen.append(call[2]))
+    packed = pack(plain)
+    run_unet(packed, torch.float32, 0)
+    [before] = seen
+    packed.get_submodule(name).register_forward_hook(lambda _, __, output: 0 * output)
+    without = run_unet(packed, torch.float32, 0)
+    plain.get_submodule(name).register_forward_hook(lambda _, __, output: 0 * output)
+    assert peers.distance(without, run_unet(plain, torch.float32, 0)) <= FLOAT32
+    assert peers.distance(before, seen[-2]) <= FLOAT32
+
+
+@pytest.mark.parametrize("kind", adapter_files.CONFIGS)
+def test_adapters_before_and_after_give_the_same(kind: str, tmp_path: Path) -> None:
+    """Matrices, kernels and the stacked projection; taken off, the weights are what they were, to the bit."""
+    config = adapter_files.CONFIGS[kind]
+    adapter = lora.load(adapter_files.random_file(config, tmp_path / "a.safetensors"), config)
+    parts = {part: net.eval().requires_grad_(False) for part, net in adapter_files.networks(config).items()}
+    before = {part: {key: t.clone() for key, t in net.state_dict().items()} for part, net in parts.items()}
+    changed = {part: net for part, net in copy.deepcopy(parts).items() if part != "vae"}
+    adapter_files.put_on(changed, (adapter, 0.7))
+    first = {part: pack(net) for part, net in changed.items()}
+    then = {part: pack(net) for part, net in parts.items() if part != "vae"}
+    adapter_files.put_on(then, (adapter, 0.7))
+    assert all(packing.is_packed(net) for net in then.values())
+    for a, b in zip(adapter_files.outputs(first, config), adapter_files.outputs(then, config), strict=True):
+        assert torch.equal(a, b)
+    plain = adapter_files.outputs(parts, config)
+    changes = [peers.distance(a, b) for a, b in zip(adapter_files.outputs(then, config), plain, strict=True)]
+    assert min(changes) > 1e-3
+    adapter_files.put_on(then)
+    for part, net in then.items():
+        assert adapter_files.same(before[part], dict(unpack(net).state_dict()))
+
+
+def test_a_change_of_a_bias(tmp_path: Path) -> None:
+    config = peers.SMALL_REFINER
+    save_file({"lora_unet_out_2.diff_b": torch.ones(4)}, tmp_path / "a.safetensors")
+    adapter = lora.load(tmp_path / "a.safetensors", config)
+    parts = adapter_files.networks(config)
+    packed = {"unet": pack(parts["unet"].eval())}
+    plain = run_unet(packed["unet"], torch.float32, 0)
+    adapter_files.put_on(packed, (adapter, 1.0))
+    assert peers.distance(run_unet(packed["unet"], torch.float32, 0), plain + 1) <= FLOAT32
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "training": (lambda net: net.train(), "cannot be trained"),
+    "saving": (lambda net: net.state_dict(), "has no state_dict"),
+    "loading": (lambda net: net.load_state_dict({}, strict=False), "cannot be given other weights"),
+    "another dtype": (lambda net: net.to(torch.float16), "cannot be moved to cpu and torch.float16"),
+    "another device": (lambda net: net.to("meta"), "cannot be moved to meta"),
+    "a weight": (lambda net: net.get_parameter("time_embed.0.weight"), "the weight of a packed layer is not to be had"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_plain_weights_names_the_way_back(name: str) -> None:
+    call, message = REFUSED[name]
+    with pytest.raises(InputError, match=rf"{message}.*: use sdxl_ref.unpack\(network\), or pipe.unpack\(\), first"):
+        call(pack(network_of("unet")))
+
+
+def test_gradients_are_refused() -> None:
+    packed = pack(network_of("CLIP-L"))
+    layer = packed.get_submodule("text_model.encoder.layers.0.mlp.fc1")
+    with torch.enable_grad(), pytest.raises(InputError, match="a packed network has no gradients"):
+        layer(torch.zeros(1, 1, layer.in_features, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net: net.double(), "this CPU has no kernels for torch.float64"),
+        (lambda net: net.to("meta"), "expected its parameters on the CPU, found meta"),
+    ],
+    ids=["float64", "without weights"],
+)
+def test_what_cannot_be_packed_is_left_as_it_is(change: Callable[[nn.Module], nn.Module], message: str) -> None:
+    network = change(network_of("CLIP-L"))
+    with pytest.raises(InputError, match=f"cannot be packed: {message}"):
+        pack(network, consume=True)
+    assert not packing.is_packed(network)
+
+
+def test_without_onednn_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(InputError, match="this PyTorch has no oneDNN that packs weights: use it as it is"):
+        pack(network_of("CLIP-L"))
