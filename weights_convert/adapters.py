@@ -16,6 +16,7 @@ from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
 from sdxl_ref.weights.dtypes import is_finite
 from sdxl_ref.weights.fitting import differences, extras
+from sdxl_ref.weights.folder_scheduler import metadata_of
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.tensor_files import read_metadata
 from weights_convert.adapter_metadata import still_holds
@@ -45,7 +46,7 @@ def merge(
     with checkpoint.reader() as read:
         merging = Merging(read, fitted, dtypes, tensors_acted_on(fitted, checkpoint.config))
         entries = [entry(key, dtypes[key], checkpoint.shapes[key], merging.read) for key in sorted(checkpoint.shapes)]
-        metadata = dict(checkpoint.metadata) | model_spec(checkpoint.config)
+        metadata = metadata_of(checkpoint) | model_spec(checkpoint.config)
         save(Path(target), entries, metadata, force)
     report.lines.append(f"{target}: {len(merging.acted_on)} of {len(entries)} tensors changed")
     report.lines.append(merging.loss())

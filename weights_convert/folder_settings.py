@@ -76,8 +76,8 @@ def unusual_settings(checkpoint: Checkpoint) -> dict[str, Json]:
     index = read_json(checkpoint.path / FOLDER_INDEX)
     if scheduler.is_file():
         own = read_json(scheduler)
-        if isinstance(index.get("scheduler"), list):
-            own["_class_name"] = index["scheduler"][-1]  # the index decides
+        _, name = index.get("scheduler") or (None, None)
+        own |= {"_class_name": name} if name else {}  # the index decides
         if significant(own) != significant(usual[SCHEDULER_CONFIG]):
             settings[SCHEDULER_CONFIG] = own
     fields = {
@@ -85,6 +85,8 @@ def unusual_settings(checkpoint: Checkpoint) -> dict[str, Json]:
         for name in INDEX_FIELDS
         if name in index and index[name] != usual[FOLDER_INDEX].get(name, False)
     }
+    if checkpoint.defaults.refusal and not scheduler.is_file():
+        fields["scheduler"] = index["scheduler"]  # whose settings are missing
     if fields:
         settings[FOLDER_INDEX] = fields
     return settings

@@ -80,6 +80,9 @@ class PartSettings:
             raise InputError(f"{source} asks for PEFT's {peft_type}, which is not done here: expected LORA")
         for key, value in config.items():
             check_key(key, value, source)
+        for key in ("use_rslora", "use_dora"):
+            if config.get(key) not in (None, True, False):
+                raise InputError(f"{source}: expected {key} true or false, found {config[key]!r:.60}")
         self.alphas = self._numbers("alpha_pattern")
         self.ranks = self._numbers("rank_pattern")
         self.alpha_patterns = patterns(self.alphas, f"alpha_pattern of {source}")
@@ -98,8 +101,7 @@ class PartSettings:
         return default if key is None else numbers[key]
 
     def _number(self, key: str, default: float) -> float:
-        value = self.config.get(key)
-        return self._checked(key, default if value is None else value)
+        return self._checked(key, self.config.get(key, default))
 
     def _numbers(self, key: str) -> dict[str, float]:
         pattern = self.config.get(key) or {}

@@ -232,7 +232,7 @@ def train(
     if checkpoint.note:
         report(f"note: {checkpoint.note}")
     if a.full and checkpoint.defaults != SDXL:
-        report("note: the result is one file, without the folder's settings of its scheduler and of the empty prompt")
+        report("note: the result keeps how the model is run in its metadata, where sdxl-ref reads it")
     towers = {
         part: checkpoint.load(part, dtype, device) for part in prefixes(config) if part.startswith("text_encoder")
     }

@@ -11,6 +11,7 @@ from sdxl_ref.training.adapters import learned
 from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
 from sdxl_ref.weights.dtypes import is_finite
 from sdxl_ref.weights.file_saving import write_tensors
+from sdxl_ref.weights.folder_scheduler import metadata_of
 
 ADAPTERS = {"kohya": "lora_kohya.safetensors", "peft": "lora_peft.safetensors"}
 CHECKPOINT = "finetuned.safetensors"
@@ -49,6 +50,6 @@ def write_checkpoint(folder: Path, source: Checkpoint, unet: nn.Module, averaged
             state[key] = weight.to("cpu", dtype)
             if not is_finite(state[key]):
                 raise InputError(f"{key} does not fit into {dtype}, the source's: train from a float32 file")
-        metadata = {key: text for key, text in source.metadata.items() if key != "modelspec.hash_sha256"}
+        metadata = {key: text for key, text in metadata_of(source).items() if key != "modelspec.hash_sha256"}
         write_tensors(path, {key: tensor.contiguous() for key, tensor in state.items()}, metadata)
     return path

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from sdxl_ref.config import Defaults, InputError
+from sdxl_ref.config import SDXL, Defaults, InputError
 from sdxl_ref.diffusion.scheduler_levels import SIGMAS, SchedulerLevels
-from sdxl_ref.weights.checkpoint import SETTINGS_KEY
-from sdxl_ref.weights.folder_config import check_flags, check_none_left_out, is_same
+from sdxl_ref.weights.checkpoint import SETTINGS_KEY, Checkpoint
+from sdxl_ref.weights.folder_config import FLAGS, check_flags, check_none_left_out, is_same
 from sdxl_ref.weights.json_files import Json, read_json, read_json_if_there
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
@@ -142,9 +142,25 @@ def kept_files(where: str, metadata: Mapping[str, str]) -> dict[str, Json]:
         raise InputError(f"{where}: expected settings as a conversion writes them, found {text!r:.60}") from error
 
 
+def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata for a file that is made of a model: they keep what a folder says of how it is run."""
+    metadata = dict(checkpoint.metadata)
+    if not checkpoint.path.is_dir() or checkpoint.defaults == SDXL:
+        return metadata
+    index = read_json(checkpoint.path / FOLDER_INDEX)
+    files = {FOLDER_INDEX: {name: index[name] for name in FLAGS if name in index}}
+    settings = read_json_if_there(checkpoint.path / SCHEDULER_CONFIG)
+    _, name = index.get("scheduler") or (None, None)
+    if settings is None:
+        files[FOLDER_INDEX]["scheduler"] = index.get("scheduler")
+    else:
+        files[SCHEDULER_CONFIG] = settings | ({"_class_name": name} if name else {})
+    return metadata | {SETTINGS_KEY: json.dumps(files)}
+
+
 def run_as(where: object, index: Json, settings: Json | None, kind: str) -> tuple[str, Defaults]:
     """What a UNet returns, and how its pipeline is run, by an index and the settings of the scheduler it names."""
-    zeros = index.get("force_zeros_for_empty_prompt") is not False  # diffusers' default, for a refiner too
+    zeros = bool(index.get("force_zeros_for_empty_prompt", True))  # diffusers' default, for a refiner too
     own_zeros = None if zeros == (kind == "base") else zeros
     named = index.get("scheduler")
     name = named[1] if isinstance(named, list) and len(named) == 2 else None

@@ -45,7 +45,7 @@ def check_tokenizers(folder: Path, index: Json) -> None:
 def check_settings(path: Path, padding: str) -> None:
     """InputError where the settings of a tokenizer, in either file, name other tokens, or another way to fill up."""
     expected: Json = {"pad_token": padding, "bos_token": START, "eos_token": END, "unk_token": END}
-    expected |= {"model_max_length": 77, "padding_side": "right"}
+    expected |= {"model_max_length": 77, "padding_side": "right", "truncation_side": "right"}
     fields = read_json_if_there(path) or {}
     for key, value in expected.items():
         found = fields.get(key, value)
@@ -75,6 +75,10 @@ def check_fast(path: Path) -> None:
         return
     try:
         check_added(path, contents(fields.get("added_tokens")))
+        if (fields.get("truncation") or {}).get("direction", "Right") != "Right":
+            raise InputError(
+                f"{path}: expected prompts to be cut at their right end, found {fields['truncation']!r:.80}"
+            )
         check_vocabulary(path, fields["model"]["vocab"])
         pairs = fields["model"]["merges"]
         check_merges(path, [tuple(pair.split() if isinstance(pair, str) else pair) for pair in pairs])

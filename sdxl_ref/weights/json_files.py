@@ -20,15 +20,17 @@ def read_json(path: Path) -> Json:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} {'is empty' if not text.strip() else by_content(path) or no_json(error)}") from error
+        what = by_content(path).replace("expected a safetensors file", "expected JSON")
+        raise InputError(f"{path} {'is empty' if not text.strip() else what or no_json(error)}") from error
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object in {path}, found {type(value).__name__}")
     return value
 
 
 def read_json_if_there(path: Path) -> Json | None:
-    """The same, and None where nothing has this name: a link to nowhere is an InputError."""
-    return read_json(path) if os.path.lexists(path) else None
+    """The same, and None where nothing has this name. InputError for a link to nowhere, also in the folder's place."""
+    is_broken = os.path.islink(path.parent) and not os.path.exists(path.parent)
+    return read_json(path) if is_broken or os.path.lexists(path) else None
 
 
 def no_json(error: Exception) -> str:

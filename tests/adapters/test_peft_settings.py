@@ -182,6 +182,8 @@ def test_what_has_no_effect_in_peft_either(options: dict[str, Any], tmp_path: Pa
         ({"a_key_of_the_future": 1}, "asks for a_key_of_the_future=1: a key that is not known here, which is not done"),
         ({"lora_alpha": "many"}, "expected a finite number for lora_alpha, found 'many'"),
         ({"lora_alpha": 10**400}, "expected a finite number for lora_alpha, found 1000"),
+        ({"lora_alpha": None}, "expected a finite number for lora_alpha, found None"),
+        ({"use_rslora": "x"}, "expected use_rslora true or false, found 'x'"),
         ({"lora_alpha": True}, "expected a finite number for lora_alpha, found True"),
         ({"alpha_pattern": {"to_q": None}}, "expected a finite number for alpha_pattern, found None"),
         ({"alpha_pattern": [1]}, "expected alpha_pattern to be names and numbers"),

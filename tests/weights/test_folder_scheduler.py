@@ -9,19 +9,23 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import peers
 import pytest
 import torch
 import transformers
+from adapter_files import random_file
 from cases import sample
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 
-from sdxl_ref.config import InputError
+from sdxl_ref.config import SDXL, InputError
 from sdxl_ref.pipelines import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.text.tokenizer import END, START, encode
+from sdxl_ref.training.results import write_checkpoint
 from sdxl_ref.weights.folder_config import CLASSES, INDEX, NO_EFFECT, SIZES, TEXT, UNET, VAE
 from sdxl_ref.weights.folder_scheduler import OF_NO_EFFECT, SCHEDULERS, TRAINING, read_scheduler
 from sdxl_ref.weights.report import describe
+from weights_convert.adapters import merge
 from weights_convert.convert import convert
 
 LEVEL = 1  # of 255: a value that lies between two levels may be rounded either way
@@ -198,6 +202,12 @@ def test_the_empty_prompt_on_the_negative_side(edited: Any) -> None:
     assert difference(folder, negative_prompt="blue") <= LEVEL
 
 
+def test_null_is_no_for_diffusers(edited: Any) -> None:
+    folder = edited(index={"force_zeros_for_empty_prompt": None})
+    assert difference(folder) <= LEVEL
+    assert TextToImagePipeline.open(folder).defaults.zeros is False
+
+
 def test_an_explicit_argument_wins(edited: Any, plain: Path) -> None:
     folder = edited("DPMSolverMultistepScheduler", use_karras_sigmas=True)
     pipe = TextToImagePipeline.from_pretrained(folder)
@@ -323,6 +333,9 @@ SAID_OTHERWISE = [  # of a base's folder: index, file beside, message
     ({}, {"tokenizer/tokenizer_config.json": {"additional_special_tokens": ["red"]}}, "beyond CLIP's, found red"),
     ({}, {"tokenizer/tokenizer_config.json": {"added_tokens_decoder": {"0": {"content": "red"}}}}, "found red"),
     ({}, {"tokenizer/tokenizer.json": {"model": {"vocab": {"!": 1}, "merges": []}}}, "as '!' 1"),
+    ({}, {"tokenizer/tokenizer_config.json": {"truncation_side": "left"}}, "the truncation_side 'right', found 'left'"),
+    ({}, {"tokenizer/tokenizer.json": {"truncation": {"direction": "Left"}}}, "to be cut at their right end"),
+    ({}, {"unet/config.json": "<html></html>"}, "unet.config.json is a page of HTML.*: expected JSON"),
     ({}, {"tokenizer/tokenizer.json": {"model": []}}, "expected a tokenizer as transformers writes it"),
     ({"scheduler": "DDIMScheduler"}, {}, "expected the scheduler's library and class, found 'DDIMScheduler'"),
     ({}, {"scheduler/scheduler_config.json": {"trained_betas": []}}, r"expected trained_betas None, found \[\]"),
@@ -407,6 +420,17 @@ def test_a_converted_file_is_run_as_its_folder(edited: Any, tmp_path: Path) -> N
     assert "sampler ddim" in describe(tmp_path / "file.safetensors").details["its own settings"]
 
 
+def test_what_is_made_of_a_folder_is_run_as_the_folder(edited: Any, tmp_path: Path) -> None:
+    """A merge, and a fine-tuned checkpoint."""
+    folder = edited(timestep_spacing="trailing", index={"force_zeros_for_empty_prompt": False})
+    adapter = random_file(peers.TINY_BASE, tmp_path / "a.safetensors")
+    merge(folder, [(adapter, 0.0)], tmp_path / "merged.safetensors")
+    source = TextToImagePipeline.open(folder)
+    tuned = write_checkpoint(tmp_path, source, source.load("unet"), {})
+    for file in (tmp_path / "merged.safetensors", tuned):
+        assert TextToImagePipeline.open(file).defaults == source.defaults != SDXL
+
+
 def test_a_spacing_that_is_named_keeps_the_folders_offset(edited: Any) -> None:
     """As diffusers does, where the spacing is changed by `from_config`."""
     folder = edited(timestep_spacing="linspace", steps_offset=0)
@@ -432,6 +456,34 @@ def test_a_link_to_nowhere_is_no_missing_file(name: str, edited: Any) -> None:
     (folder / name).symlink_to("/nowhere/x.json")
     with pytest.raises(InputError, match=f"could not read .*{name}"):
         TextToImagePipeline.open(folder)
+
+
+def test_a_link_in_place_of_a_folder(edited: Any) -> None:
+    folder = edited(index={"tokenizer": ["transformers", "CLIPTokenizer"]})
+    for name in ("tokenizer", "scheduler"):
+        shutil.rmtree(folder / name)
+        (folder / name).symlink_to("/nowhere")
+        with pytest.raises(InputError, match=f"expected a JSON file .*{name}.*there is no such file"):
+            TextToImagePipeline.open(folder)
+        (folder / name).unlink()
+    assert TextToImagePipeline.open(folder).config.kind == "base"  # SDXL's own tokenizer is built in
+
+
+def test_a_class_without_its_settings_stays_refused_in_a_file(edited: Any, tmp_path: Path) -> None:
+    folder = edited("DDIMScheduler")
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    convert(folder, tmp_path / "a.safetensors", "official")
+    assert (
+        "is missing, the settings of DDIMScheduler"
+        in TextToImagePipeline.open(tmp_path / "a.safetensors").defaults.refusal
+    )
+
+
+def test_the_class_may_stand_in_the_settings_alone(edited: Any, tmp_path: Path) -> None:
+    folder = edited("DDIMScheduler", {"scheduler": [None, None]}, set_alpha_to_one=False)
+    convert(folder, tmp_path / "a.safetensors", "official")
+    for place in (folder, tmp_path / "a.safetensors"):
+        assert TextToImagePipeline.open(place).defaults.sampler == "ddim"
 
 
 def test_a_folder_without_its_index(edited: Any) -> None:
