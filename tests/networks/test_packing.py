@@ -12,7 +12,7 @@ import checks
 import peers
 import pytest
 import torch
-from cases import diagonal
+from cases import diagonal, sample
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -138,13 +138,13 @@ def test_what_the_copy_changes_is_its_own() -> None:
     assert not torch.equal(bias, plain.get_parameter("time_embed.0.bias"))
 
 
-@pytest.mark.parametrize("dtype", PACKED_HERE, ids=str)
+@pytest.mark.parametrize("dtype", sample(PACKED_HERE, PACKED_HERE[-1]), ids=str)
 def test_pictures_of_any_size_after_packing(dtype: torch.dtype) -> None:
     """Also in turns: weights are brought into another order and back."""
     plain = network_of("unet", dtype)
     double = copy.deepcopy(plain).double()
     packed = pack(plain)
-    sizes = [((8, 8), 1), ((33, 17), 2), ((2, 3), 1), ((64, 48), 1), ((8, 8), 3), ((33, 17), 1)]
+    sizes = [((8, 8), 1), ((33, 17), 2), ((2, 3), 1), ((8, 8), 3)]
     for size, batch in sizes:
         ours, theirs, exact = (run_unet(network, dtype, 0, size, batch) for network in (packed, plain, double))
         assert peers.distance(ours, exact) <= 2 * peers.distance(theirs, exact)  # a single seed: see above for more
@@ -167,7 +167,7 @@ def test_hooks_and_edits_work_by_the_official_names() -> None:
     assert peers.distance(before, seen[-2]) <= FLOAT32
 
 
-@pytest.mark.parametrize("kind", adapter_files.CONFIGS)
+@pytest.mark.parametrize("kind", sample(adapter_files.CONFIGS, "base"))
 def test_adapters_before_and_after_give_the_same(kind: str, tmp_path: Path) -> None:
     """Matrices, kernels and the stacked projection; taken off, the weights are what they were, to the bit."""
     config = adapter_files.CONFIGS[kind]

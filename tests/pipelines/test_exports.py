@@ -21,7 +21,9 @@ OTHERS = {
     "UNetConfig",
     "VAEConfig",
     "load_image",
+    "pack",
     "tokenize",
+    "unpack",
 }
 both = pytest.mark.parametrize(
     ("module", "names"), [(sdxl_ref, PIPELINES | OTHERS), (pipelines, PIPELINES)], ids=["sdxl_ref", "pipelines"]
