@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdxl_ref.config import ModelConfig
 from sdxl_ref.weights.checkpoint import Checkpoint
-from sdxl_ref.weights.folder_config import CLASSES
+from sdxl_ref.weights.folder_config import CLASSES, FLAGS
 from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG, kept_files
 from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
@@ -24,7 +24,6 @@ OF_NO_EFFECT = {  # on Euler: fields of other schedulers are carried along
     "set_alpha_to_one",
     "skip_prk_steps",
 }
-INDEX_FIELDS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 USUAL = {"final_sigmas_type": "zero", "timestep_type": "discrete"}  # what Euler does where the fields are absent
 
 
@@ -81,9 +80,7 @@ def unusual_settings(checkpoint: Checkpoint) -> dict[str, Json]:
         if significant(own) != significant(usual[SCHEDULER_CONFIG]):
             settings[SCHEDULER_CONFIG] = own
     fields = {
-        name: index[name]
-        for name in INDEX_FIELDS
-        if name in index and index[name] != usual[FOLDER_INDEX].get(name, False)
+        name: index[name] for name in FLAGS if name in index and index[name] != usual[FOLDER_INDEX].get(name, False)
     }
     if checkpoint.defaults.refusal and not scheduler.is_file():
         fields["scheduler"] = index["scheduler"]  # whose settings are missing

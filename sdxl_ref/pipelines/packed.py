@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from sdxl_ref.adapters.on_network import is_without_weights
 from sdxl_ref.config import InputError
 from sdxl_ref.networks import packing
 from sdxl_ref.weights.checkpoint import PARTS
@@ -17,7 +18,7 @@ def pack(pipelines: Sequence[Any]) -> None:
     """
     networks = list(networks_of(pipelines))
     for network in networks:
-        why = "" if is_read_later(network) or packing.is_packed(network) else packing.why_not(network)
+        why = "" if is_without_weights(network) or packing.is_packed(network) else packing.why_not(network)
         if why:
             raise InputError(f"the pipeline cannot be packed: {why}: use it as it is")
     change(pipelines, networks, packing.pack, packs=True)
@@ -39,7 +40,7 @@ def change(
         if pipeline.offload is not None:
             pipeline.offload.packs = packs
     for network in networks:
-        if not is_read_later(network) and packing.is_packed(network) != packs:
+        if not is_without_weights(network) and packing.is_packed(network) != packs:
             turn(network, consume=True)
 
 
@@ -51,8 +52,3 @@ def networks_of(pipelines: Sequence[Any]) -> Iterator[nn.Module]:
             if network is not None and id(network) not in seen:
                 seen.add(id(network))
                 yield network
-
-
-def is_read_later(network: nn.Module) -> bool:
-    """Whether it has no weights now: see `Offload.read`."""
-    return any(parameter.is_meta for parameter in network.parameters())

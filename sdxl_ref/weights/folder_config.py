@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any
 
 from sdxl_ref.config import InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl_ref.networks.layers import ACTIVATIONS
 from sdxl_ref.weights.fitting import require_fit
 from sdxl_ref.weights.folder_tokenizer import check_tokenizers
 from sdxl_ref.weights.json_files import Json, read_json
@@ -113,7 +114,6 @@ SIZES = {  # fields that are read, by class, and what each has to be
     },
 }
 MAY_LACK = {"sample_size", "up_block_types", "eos_token_id", "intermediate_size"}  # SDXL's is meant
-ACTIVATIONS = ("gelu", "quick_gelu")
 NO_EFFECT = {  # fields that change nothing here, by class, and why
     "UNet2DConditionModel": {
         "addition_embed_type_num_heads": "of the addition_embed_type text",
