@@ -86,7 +86,8 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
 LONGEST_FILE = 350  # lines
 LONGEST_FUNCTION = 60
 PYTHON_RUN = 1_900  # code lines of all that the README's Python example loads
-COMMAND_RUN = 2_150  # and `sdxl-ref refine`
+COMMAND_RUN = 2_150  # and `sdxl-ref refine --plain`
+PACKED_RUN = 2_500  # and without that option, on a CPU
 
 
 def name(path: Path) -> str:
@@ -214,7 +215,8 @@ refined.images[0].save({out!r})
 """
 COMMAND = """
 from sdxl_ref.cli import main
-assert main(["refine", {photo!r}, "--prompt", "a cup", "--steps", "4", "--checkpoint", {file!r}, "--out", {out!r}]) == 0
+assert main(["refine", {photo!r}, "--prompt", "a cup", "--steps", "4", "--checkpoint", {file!r}, "--out", {out!r},
+             *{options!r}]) == 0
 """
 LOADED = """
 import sys
@@ -225,8 +227,12 @@ print("PEERS", sorted({"open_clip", "torchvision", "transformers", "diffusers", 
 """
 
 
-@pytest.mark.parametrize(("code", "most"), [(PYTHON, PYTHON_RUN), (COMMAND, COMMAND_RUN)], ids=["python", "command"])
-def test_the_code_lines_of_a_refiner_run(code: str, most: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "options", "most"),
+    [(PYTHON, [], PYTHON_RUN), (COMMAND, ["--plain"], COMMAND_RUN), (COMMAND, ["--device", "cpu"], PACKED_RUN)],
+    ids=["python", "command", "packed"],
+)
+def test_the_code_lines_of_a_refiner_run(code: str, options: list[str], most: int, tmp_path: Path) -> None:
     """A measure of how much there is to read for one run, with an official file and Euler. No peer is imported."""
     photo = tmp_path / "photo.png"
     Image.new("RGB", (64, 64)).save(photo)
@@ -237,7 +243,7 @@ def test_the_code_lines_of_a_refiner_run(code: str, most: int, tmp_path: Path) -
         state |= {prefix + key: tensor for key, tensor in parts[part].state_dict().items()}
     save_file(state, file)
     paths = {"file": str(file), "photo": str(photo), "out": str(tmp_path / "out.png")}
-    code = OFFICIAL.format(config=peers.SMALL_REFINER) + code.format(**paths)
+    code = OFFICIAL.format(config=peers.SMALL_REFINER) + code.format(**paths, options=options)
     result = subprocess.run([sys.executable, "-c", code + LOADED], capture_output=True, text=True, check=True)
     files = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("LOADED")]
     counts = {module: code_lines(Path(file)) for module, file in files}

@@ -23,7 +23,7 @@ from sdxl_ref.adapters.change import Change
 from sdxl_ref.adapters.lora import Adapter, add
 from sdxl_ref.adapters.places import Place
 from sdxl_ref.config import InputError
-from sdxl_ref.networks.packing import plain_weights
+from sdxl_ref.networks.packing import is_without_weights, plain_weights
 from sdxl_ref.weights.dtypes import is_finite
 
 Layers = list[tuple[Place, Change]]  # that act on one parameter
@@ -142,8 +142,3 @@ def changed(key: str, parameter: Tensor, original: Tensor, added: list[tuple[flo
 def dropper(network: nn.Module) -> Callable[[], None] | None:
     """The function of a network that drops its weights, to be read again when it works; None: it keeps them."""
     return getattr(network, "drop_weights", None)
-
-
-def is_without_weights(network: nn.Module) -> bool:
-    """Whether a network is on the meta device: its weights are read when it works."""
-    return any(parameter.is_meta for parameter in network.parameters())

@@ -1,7 +1,6 @@
 """What every command that makes pictures shares: its options, the checks before the work, and the written picture."""
 
 import argparse
-import ctypes
 import os
 import secrets
 import sys
@@ -40,6 +39,9 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
+    p.add_argument(
+        "--plain", action="store_true", help="on a CPU: weights in their own order, not its kernels'; slower"
+    )
     p.add_argument("--vae", metavar="MODEL", help="a VAE's file or folder, for the model's own or where it has none")
     p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
@@ -187,15 +189,12 @@ def adapter_options() -> Any:
     return adapter_options
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """Have glibc make tensors of freed memory, instead of the system's new pages each time: a tenth of a run at 512 px.
-
-    Blocks of up to 256 MiB, for up to a fifth more memory. Other systems, and a glibc before 2.35, stay as they are.
-    """
-    if sys.platform != "linux" or device.type != "cpu":
-        return
-    mmap_threshold = -3
-    trim_threshold = -1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and mallopt(mmap_threshold, 1 << 28):
-        mallopt(trim_threshold, 1 << 30)
+def pack(pipe: Any, plain: bool) -> bool:
+    """Pack a pipeline's networks for a CPU, unless they are to stay plain; whether they are packed now."""
+    if not plain and pipe.device.type == "cpu":
+        try:
+            pipe.pack()
+            return True
+        except InputError as error:
+            print(f"note: {error}")
+    return False

@@ -68,6 +68,7 @@ def run(a: argparse.Namespace) -> None:
     base, refiner, identities = pipelines(a, files)
     pipe = EnsemblePipeline(base, refiner) if refiner is not None else base
     adapters = common.put_on(pipe, a.lora)
+    packed = common.pack(pipe, a.plain)
     if a.watermark:
         check_watermark(a.width or base.config.resolution, a.height or base.config.resolution)
     latents = (base if a.two_stage else pipe).run(first)  # (b,4,h,w)
@@ -79,7 +80,7 @@ def run(a: argparse.Namespace) -> None:
     if a.watermark:
         pictures = [embed(picture) for picture in pictures]
 
-    settings = record(a, base, refiner, plans, identities, first, second) | adapters
+    settings = record(a, base, refiner, plans, identities, first, second) | adapters | {"packed": packed}
     settings |= common.sampling_settings(first.completed(base.defaults)) | {"size": "{}x{}".format(*pictures[0].size)}
     for seed, path, picture in zip(seeds, outs, pictures, strict=True):
         common.save_picture(picture, path, settings | {"seed": seed})
@@ -150,8 +151,6 @@ def pipelines(
     identities = common.identities(*(checkpoint for checkpoint in (first, second) if checkpoint is not None))
     base = TextToImagePipeline.from_pretrained(first, **options)
     refiner = None if second is None else ImageToImagePipeline.from_pretrained(second, **options, vae=base.vae)
-    if not a.low_memory:
-        common.keep_freed_memory(device)
     for pipe in (base, refiner):
         if pipe is not None and pipe.checkpoint is not None:
             common.say_what_runs(pipe.checkpoint, a.dtype, device)

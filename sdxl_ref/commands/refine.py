@@ -48,9 +48,9 @@ def run(a: argparse.Namespace) -> None:
     dtype = getattr(torch, a.dtype)
     pipe = ImageToImagePipeline.from_pretrained(checkpoint, dtype=dtype, device=device, prediction=a.prediction)
     [made_by] = identities()
-    common.keep_freed_memory(device)
     common.say_what_runs(checkpoint, a.dtype, device)
     adapters = common.put_on(pipe, a.lora)
+    settings |= {"device": str(device), "packed": common.pack(pipe, a.plain)}
     print(f"picture: {photo.width}x{photo.height}, used at {picture.width}x{picture.height}")
     print(f"plan: {plan}", flush=True)
     latents = pipe.run(replace(request, output_type="latent"))  # (1,4,h,w)
@@ -64,7 +64,6 @@ def run(a: argparse.Namespace) -> None:
         "image": Path(a.image).name,
         "image_sha256": photo_sha256,
         "size": f"{picture.width}x{picture.height}",
-        "device": str(device),
     }
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by}
     settings["prediction"] = pipe.config.prediction

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from sdxl_ref.adapters.on_network import is_without_weights
 from sdxl_ref.config import InputError
 from sdxl_ref.networks import packing
 from sdxl_ref.weights.checkpoint import PARTS
@@ -18,7 +17,7 @@ def pack(pipelines: Sequence[Any]) -> None:
     """
     networks = list(networks_of(pipelines))
     for network in networks:
-        why = "" if is_without_weights(network) or packing.is_packed(network) else packing.why_not(network)
+        why = "" if packing.is_without_weights(network) or packing.is_packed(network) else packing.why_not(network)
         if why:
             raise InputError(f"the pipeline cannot be packed: {why}: use it as it is")
     change(pipelines, networks, packing.pack, packs=True)
@@ -40,7 +39,7 @@ def change(
         if pipeline.offload is not None:
             pipeline.offload.packs = packs
     for network in networks:
-        if not is_without_weights(network) and packing.is_packed(network) != packs:
+        if not packing.is_without_weights(network) and packing.is_packed(network) != packs:
             turn(network, consume=True)
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,33 +87,3 @@ def test_auto_takes_the_best_that_is_there(
 
 def test_a_device_by_its_name() -> None:
     assert pick_device("cpu") == torch.device("cpu")
-
-
-# --- memory -------------------------------------------------------------------------------------------------------
-
-CHURN = """
-import resource
-import torch
-from sdxl_ref.commands.common import keep_freed_memory
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def churn():
-    before = faults()
-    for _ in range(20):
-        torch.ones(10 << 20)  # 40 MiB: more than glibc ever keeps by itself
-    return faults() - before
-churn()
-print(before := churn())
-keep_freed_memory(torch.device("cpu"))
-churn()
-print(churn())
-"""
-GLIBC = platform.libc_ver()[1].split(".") if platform.libc_ver()[0] == "glibc" else ["0"]
-
-
-@pytest.mark.skipif(list(map(int, GLIBC)) < [2, 35], reason="glibc's malloc alone is told, and an older one refuses")
-def test_freed_memory_is_used_again() -> None:
-    """Without it each tensor is made of new pages: at least one page fault for every 2 MiB."""
-    output = subprocess.run([sys.executable, "-c", CHURN], capture_output=True, text=True, check=True).stdout
-    before, after = map(int, output.split())
-    assert before >= 20 * 20
-    assert after < 20

@@ -53,7 +53,7 @@ def test_base_alone(base: list[str], here: Path, tiny_base_file: Path, capsys: C
 
 
 def test_ensemble(both: list[str], here: Path, tiny_base_file: Path, tiny_refiner_file: Path, capsys: Capture) -> None:
-    assert main([*both, "--karras", "--negative-prompt", "blurry"]) == 0
+    assert main([*both, "--plain", "--karras", "--negative-prompt", "blurry"]) == 0
     assert "plan: base 6 evaluations, sigma 8.3" in capsys.readouterr().out
     pipe = EnsemblePipeline.from_pretrained(tiny_base_file, tiny_refiner_file)
     call: dict[str, Any] = {"height": 64, "width": 72, "num_inference_steps": 10, "karras": True}

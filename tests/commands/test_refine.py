@@ -93,12 +93,30 @@ def test_the_picture_is_the_pipelines(refine: Refine, here: Path, photo: Path, t
     options = {"guidance_scale": 3.0, "guidance_rescale": 0.5, "aesthetic_score": 7.5, "sampler": "euler_ancestral"}
     options |= {"spacing": "trailing", "negative_prompt": "a dog", "strength": 0.75, "negative_aesthetic_score": 1.0}
     options |= {"eta": 0.8, "s_noise": 0.9}
-    assert refine(seed=11, device="cpu", out="out.png", karras=True, prediction="v", **options) == 0
+    assert refine(seed=11, device="cpu", plain=True, out="out.png", karras=True, prediction="v", **options) == 0
     pipe = ImageToImagePipeline.from_pretrained(tiny_refiner_file, prediction="v")
     generator = torch.Generator().manual_seed(11)
     call: dict[str, Any] = {"image": load_image(photo), "num_inference_steps": 4, "karras": True}
     [image] = pipe("a cat", **call, generator=generator, **options).images
     assert np.array_equal(pixels(here / "out.png"), np.asarray(image))
+
+
+def test_on_a_cpu_weights_are_packed_unless_they_are_to_stay_plain(refine: Refine, here: Path) -> None:
+    for name, plain in (("packed.png", None), ("plain.png", True)):
+        assert refine(out=name, plain=plain, device="cpu", steps=10, strength=1.0) == 0
+        assert settings(here / name)["packed"] is (plain is None)
+    difference = pixels(here / "packed.png").astype(int) - pixels(here / "plain.png")
+    assert abs(difference).max() <= 1
+
+
+def test_where_weights_cannot_be_packed_the_run_goes_on_plain(
+    refine: Refine, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    assert refine(out="out.png", device="cpu") == 0
+    note = "note: the pipeline cannot be packed: expected a CPU with AVX2 or AVX-512, found one with SVE256"
+    assert capsys.readouterr().out.count(note) == 1
+    assert settings(here / "out.png")["packed"] is False
 
 
 def test_same_seed_same_bytes(refine: Refine, here: Path) -> None:
@@ -273,7 +291,7 @@ def test_the_name_of_the_picture_is_derived(refine: Refine, here: Path) -> None:
 
 
 def test_the_latents_are_what_the_picture_was_decoded_from(refine: Refine, here: Path, tiny_refiner_file: Path) -> None:
-    assert refine(out="out.png", save_latents="out.safetensors", device="cpu") == 0
+    assert refine(out="out.png", save_latents="out.safetensors", device="cpu", plain=True) == 0
     assert sorted(os.listdir(here)) == ["out.png", "out.safetensors"]
     with safe_open("out.safetensors", framework="pt") as file:
         latents = file.get_tensor("latents")

@@ -1,7 +1,10 @@
 """Packed networks: the same function up to rounding, under the same names; plain weights come back to the bit."""
 
 import copy
+import platform
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -127,7 +130,106 @@ def test_the_plain_network_stays_and_comes_back(name: str, dtype: torch.dtype) -
 def test_convolutions_stay_plain_in_float32() -> None:
     """Their packed kernels round worse."""
     vae = network_of("decoder")
-    assert torch.equal(decode(pack(vae), torch.float32, 0), decode(vae, torch.float32, 0))
+    block = "decoder.up.0.block.0"
+    x = checks.normal(1, 64, 9, 7, seed=0).float()
+    assert torch.equal(pack(vae).get_submodule(block)(x), vae.get_submodule(block)(x))
+
+
+BLOCK = "middle_block.1.transformer_blocks.0"
+FUSED = [  # layers that are computed together with others
+    f"{BLOCK}.attn1.to_q",
+    f"{BLOCK}.attn1.to_v",
+    f"{BLOCK}.attn2.to_k",
+    f"{BLOCK}.ff.net.0.proj",
+]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_who_watches_a_layer_of_a_fused_block(name: str) -> None:
+    """Sees what goes in and comes out, and may change it; and all is as before once nobody watches."""
+    plain = network_of("unet")
+    packed = pack(plain)
+    before = run_unet(packed, torch.float32, 0)
+    calls: dict[str, list[Tensor]] = {}
+    changed = {}
+    for kind, network in (("plain", plain), ("packed", packed)):
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, kind: str = kind) -> Tensor:
+            calls[kind] = [inputs[0], output]
+            return -output
+
+        handle = network.get_submodule(name).register_forward_hook(hook)
+        changed[kind] = run_unet(network, torch.float32, 0)
+        handle.remove()
+    for a, b in zip(calls["plain"], calls["packed"], strict=True):
+        assert peers.distance(a, b) <= FLOAT32
+    assert peers.distance(changed["plain"], changed["packed"]) <= FLOAT32
+    assert peers.distance(changed["packed"], before) > 1e-3
+    assert torch.equal(run_unet(packed, torch.float32, 0), before)
+
+
+def test_a_layer_of_somebody_else_in_a_block_is_left_alone() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    plain = network_of("unet")
+    plain.get_submodule(f"{BLOCK}.attn1.to_q").__class__ = Doubled
+    packed = pack(plain)
+    assert type(packed.get_submodule(f"{BLOCK}.attn1.to_q")) is Doubled
+    assert peers.distance(run_unet(packed, torch.float32, 0), run_unet(plain, torch.float32, 0)) <= FLOAT32
+
+
+def text(batch: int, tokens: int = 77, seed: int = 1) -> Tensor:
+    return checks.normal(batch, tokens, 64, seed=seed).float()
+
+
+def run_with(unet: Any, context: Tensor) -> Tensor:
+    x = checks.normal(len(context), 4, 8, 8, seed=0).float()
+    y = checks.normal(len(context), 1328, seed=2).float()
+    result: Tensor = unet(x, torch.tensor([100.0] * len(context)), context, y)
+    return result
+
+
+def test_the_text_is_read_anew_where_it_or_the_weights_changed() -> None:
+    """Its keys and values are kept from one evaluation to the next."""
+    plain = network_of("unet")
+    packed = pack(plain)
+    context = text(2)
+    first = run_with(packed, context)
+    assert torch.equal(run_with(packed, context), first)
+    assert torch.equal(run_with(packed, context.clone()), first)
+    context[:, 3] += 1
+    assert peers.distance(run_with(packed, context), run_with(plain, context)) <= FLOAT32
+    assert not torch.equal(run_with(packed, context), first)
+    for seed in range(3):  # tensors that may lie where the one before lay
+        assert peers.distance(*(run_with(net, text(1, seed=seed)) for net in (packed, plain))) <= FLOAT32
+    name = f"{BLOCK}.attn2.to_k.weight"
+    run_with(packed, context)
+    with packing.plain_weights(packed, [name]):
+        packed.get_parameter(name).mul_(3)
+    plain.get_parameter(name).mul_(3)
+    assert peers.distance(run_with(packed, context), run_with(plain, context)) <= FLOAT32
+
+
+def test_texts_of_other_lengths() -> None:
+    plain = network_of("unet")
+    packed = pack(plain)
+    for tokens in (1, 16, 80, 154):
+        context = text(2, tokens)
+        assert peers.distance(run_with(packed, context), run_with(plain, context)) <= FLOAT32
+
+
+def test_a_text_in_inference_mode_is_not_kept() -> None:
+    """A tensor made there does not tell when it is changed."""
+    packed = pack(network_of("unet"))
+    with torch.inference_mode():
+        context = text(2)
+        first = run_with(packed, context)
+        context.mul_(2)
+        changed = run_with(packed, context)
+    assert peers.distance(changed, run_with(packed, context.clone())) <= FLOAT32
+    assert peers.distance(changed, first) > 1e-3
 
 
 def test_what_the_copy_changes_is_its_own() -> None:
@@ -244,3 +346,33 @@ def test_without_onednn_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(InputError, match="this PyTorch has no oneDNN that packs weights: use it as it is"):
         pack(network_of("CLIP-L"))
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+CHURN = """
+import resource
+import torch
+from sdxl_ref import pack
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def churn():
+    before = faults()
+    for _ in range(20):
+        torch.ones(10 << 20)  # 40 MiB: more than glibc ever keeps by itself
+    return faults() - before
+churn()
+print(before := churn())
+pack(torch.nn.Linear(1, 1).requires_grad_(False))
+churn()
+print(churn())
+"""
+GLIBC = platform.libc_ver()[1].split(".") if platform.libc_ver()[0] == "glibc" else ["0"]
+
+
+@pytest.mark.skipif(list(map(int, GLIBC)) < [2, 35], reason="glibc's malloc alone is told, and an older one refuses")
+def test_freed_memory_is_used_again() -> None:
+    """Without it each tensor is made of new pages: at least one page fault for every 2 MiB."""
+    output = subprocess.run([sys.executable, "-c", CHURN], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, output.split())
+    assert before >= 20 * 20
+    assert after < 20
