@@ -60,11 +60,7 @@ def run(a: argparse.Namespace) -> None:
         refined = watermarks().embed(refined)
 
     settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "watermark")} | adapters
-    settings |= {
-        "image": Path(a.image).name,
-        "image_sha256": photo_sha256,
-        "size": f"{picture.width}x{picture.height}",
-    }
+    settings |= {"image": Path(a.image).name, "image_sha256": photo_sha256, "size": f"{picture.width}x{picture.height}"}
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by}
     settings["prediction"] = pipe.config.prediction
     settings["unconditional"] = "none" if not request.guided else pipe.unconditional(request)

@@ -46,7 +46,10 @@ def is_packable(layer: nn.Module) -> bool:
         return False
     if issubclass(kind, PackedBlock):
         return all(type(part) is nn.Linear for part in kind.layers(layer))  # type: ignore[arg-type]
-    return not (isinstance(layer, nn.Conv2d) and layer.weight.dtype == torch.float32)
+    if isinstance(layer, nn.Conv2d):
+        pads_zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return pads_zeros and layer.weight.dtype != torch.float32
+    return True
 
 
 def is_packed(network: nn.Module) -> bool:
@@ -62,6 +65,8 @@ def why_not(network: nn.Module) -> str:
     """Why a network cannot be packed here, in words; empty where it can."""
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_reorder_linear_weight"):
         return "this PyTorch has no oneDNN that packs weights"
+    if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
+        return "it is compiled"
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return f"expected a CPU with AVX2 or AVX-512, found one with {capability}"

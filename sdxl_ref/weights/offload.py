@@ -53,6 +53,7 @@ class Offload:
                 adapters.put_on_again(network)
             if self.packs:
                 pack(network, consume=True)
+                give_freed_memory_back()
 
         def drop_weights() -> None:
             if self._present is network:

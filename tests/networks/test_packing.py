@@ -135,6 +135,20 @@ def test_convolutions_stay_plain_in_float32() -> None:
     assert torch.equal(pack(vae).get_submodule(block)(x), vae.get_submodule(block)(x))
 
 
+@pytest.mark.skipif(torch.bfloat16 not in PACKED_HERE, reason="convolutions are packed in half precision")
+def test_a_convolution_that_pads_otherwise_stays_plain_or_says_so() -> None:
+    """As users set it for textures that tile."""
+    conv = network_of("unet", torch.bfloat16).get_submodule("middle_block.0.in_layers.2")
+    x = checks.normal(1, 128, 8, 8, seed=0, dtype=torch.bfloat16)
+    packed = pack(conv)
+    packed(x)
+    conv.padding_mode = packed.padding_mode = "circular"
+    conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    assert torch.equal(pack(conv)(x), conv(x))
+    with pytest.raises(InputError, match=r"pads with zeros, not circular: use sdxl_ref\.unpack"):
+        packed(x)
+
+
 BLOCK = "middle_block.1.transformer_blocks.0"
 FUSED = [  # layers that are computed together with others
     f"{BLOCK}.attn1.to_q",
