@@ -14,8 +14,9 @@ Source: the operators that torch.compile puts in place of these layers on a CPU 
 Shapes: b batch, c channels, h w a map's height and width, n tokens, d width.
 """
 
+import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -29,7 +30,6 @@ from sdxl_ref.config import InputError
 from sdxl_ref.networks.layers import attention
 from sdxl_ref.networks.openclip_g import SelfAttention
 from sdxl_ref.networks.unet import GEGLU, CrossAttention
-from sdxl_ref.networks.vae import AttnBlock
 
 ops: Any = torch.ops.mkldnn
 FIRST = "use sdxl_ref.unpack(network), or pipe.unpack(), first"
@@ -42,20 +42,21 @@ class PackedLayer(nn.Module):
     plain: ClassVar[type[nn.Module]]
     name: ClassVar[str] = "weight"  # of the parameter that is packed, if it is one
     pieces: Sequence[Tensor]  # what became of it
+    trained: bool  # whether it had gradients
 
     def put_away(self) -> None:
         """Replace the plain weight by a packed one."""
-        weight = self._parameters.pop(self.name)
-        assert weight is not None
+        weight = take_weight(self, self.name)
+        self.trained = weight.requires_grad
         self.pieces = [self.reordered(weight.detach().contiguous())]
 
     def give_back(self) -> None:
         """Be a plain layer again, with its weight."""
         [packed] = self.pieces
         name = self.name
-        del self.pieces
         self.__class__ = self.plain  # type: ignore[assignment]
-        set_weight(self, name, packed.to_dense().contiguous())
+        set_weight(self, name, packed.to_dense().contiguous(), self.trained)
+        del self.pieces, self.trained
 
     def reordered(self, weight: Tensor) -> Tensor:
         return reordered_matrix(weight)
@@ -115,14 +116,14 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         return ops._reorder_convolution_weight(weight, *self.where((1, self.in_channels, *self.size)))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_inference(x)
-        if self.padding_mode != "zeros":
-            raise InputError(f"a packed convolution pads with zeros, not {self.padding_mode}: {FIRST}")
+        check_inference(x, self.bias)
+        if self.padding_mode != "zeros" or "_conv_forward" in vars(self):
+            raise InputError(f"a packed convolution pads with zeros, and no other way: {FIRST}")
         x = x.contiguous(memory_format=torch.channels_last)
         if tuple(x.shape[2:]) != self.size:
             self.fit(x)
         where = self.padding, self.stride, self.dilation, self.groups
-        return ops._convolution_pointwise(x, self.pieces[0], self.bias, *where, "none", [], "")
+        return ops._convolution_pointwise(x, self.pieces[0], dense(self.bias), *where, "none", [], "")
 
     def fit(self, x: Tensor) -> None:
         """Bring the weights into the best order for maps like x (b,c,h,w)."""
@@ -140,8 +141,10 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 class PackedBlock(PackedLayer):
     """A block that computes some of its linear layers together, in `pieces` of all their rows.
 
-    Where somebody watches one of these layers, the block is computed as its plain class does it.
+    Where somebody watches, replaces or changes one of these layers, the block is computed as its plain class does it.
     """
+
+    parts: tuple["PackedPart", ...]
 
     def layers(self) -> list[nn.Linear]:
         """The linear layers, all of one input width."""
@@ -152,40 +155,42 @@ class PackedBlock(PackedLayer):
         return [weight]
 
     def put_away(self) -> None:
-        rows = torch.cat([layer._parameters.pop("weight").detach() for layer in self.layers()])  # type: ignore[union-attr]
-        self.pieces = [reordered_matrix(piece.contiguous()) for piece in self.split(rows)]
-        for layer in self.layers():
+        layers = self.layers()
+        weights = [take_weight(layer, "weight") for layer in layers]
+        self.pieces = [reordered_matrix(piece.contiguous()) for piece in self.split(torch.cat(weights).detach())]
+        start = 0
+        for layer, weight in zip(layers, weights, strict=True):
             layer.__class__ = PackedPart
             assert isinstance(layer, PackedPart)
-            layer.pieces = []
-            layer.block = (self,)
+            layer.trained = weight.requires_grad
+            layer.pieces = self.pieces
+            layer.rows = slice(start, start := start + len(weight))
+        self.parts = tuple(layers)  # type: ignore[arg-type]
 
     def give_back(self) -> None:
         rows = torch.cat([piece.to_dense() for piece in self.pieces])
-        layers = self.layers()
-        del self.pieces
+        for part in self.parts:
+            part.__class__ = nn.Linear  # type: ignore[assignment]
+            set_weight(part, "weight", rows[part.rows].clone(), part.trained)
+            del part.pieces, part.rows, part.trained
         self.__class__ = self.plain  # type: ignore[assignment]
-        for layer, weight in zip(layers, rows.split([layer.out_features for layer in layers]), strict=True):
-            del layer.pieces, layer.block
-            layer.__class__ = nn.Linear
-            set_weight(layer, "weight", weight.clone())
+        del self.pieces, self.parts
 
-    def output_of(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """What one of the layers returns."""
+    def is_whole(self) -> bool:
+        """Whether its layers are those that were packed, and nobody looks at them."""
         layers = self.layers()
-        rows = torch.cat([linear(x, piece, None) for piece in self.pieces], dim=-1)
-        output = rows.split([other.out_features for other in layers], dim=-1)[layers.index(layer)]
-        return output if layer.bias is None else output + layer.bias
+        return all(map(operator.is_, layers, self.parts)) and not is_watched(*layers)
 
 
 class PackedPart(PackedLayer, nn.Linear):
-    """A linear layer whose weight the block around it holds."""
+    """A linear layer whose weight is some rows of what the block around it holds."""
 
     plain = nn.Linear
-    block: tuple[PackedBlock]  # in a tuple, or else it would count as a module within this one
+    rows: slice
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block[0].output_of(self, x)
+        rows = torch.cat([linear(x, piece, None) for piece in self.pieces], dim=-1)[..., self.rows]
+        return rows if self.bias is None else rows + self.bias
 
 
 class PackedGEGLU(PackedBlock, GEGLU):
@@ -200,10 +205,11 @@ class PackedGEGLU(PackedBlock, GEGLU):
         return weight.chunk(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_watched(self.proj):
+        if not self.is_whole():
             return GEGLU.forward(self, x)
-        check_inference(x)
-        value_bias, gate_bias = (None, None) if self.proj.bias is None else self.split(self.proj.bias)
+        check_inference(x, self.proj.bias)
+        bias = dense(self.proj.bias)
+        value_bias, gate_bias = (None, None) if bias is None else self.split(bias)
         value_rows, gate_rows = self.pieces
         if x.dtype == torch.float32:  # where the kernel's own gelu is slower
             gate = F.gelu(linear(x, gate_rows, gate_bias))  # (b,n,d)
@@ -213,14 +219,15 @@ class PackedGEGLU(PackedBlock, GEGLU):
 
 
 class PackedCrossAttention(PackedBlock, CrossAttention):
-    """q, k and v of one matrix, or k and v of the text, which stay what they were while the text is the same tensor."""
+    """q, k and v of one matrix, or k and v of the text, which stay what they were while the text does."""
 
     plain = CrossAttention
-    text: tuple[Any, int, tuple[Tensor, Tensor, Tensor | None]] | None
+    text: tuple[Any, Tensor, tuple[Tensor, Tensor, Tensor | None]] | None
 
     def layers(self) -> list[nn.Linear]:
         layers = [self.to_q, self.to_k, self.to_v]
-        return layers if self.to_q.in_features == self.to_k.in_features else layers[1:]
+        of_one = getattr(self.to_q, "in_features", 0) == getattr(self.to_k, "in_features", 0)
+        return layers if of_one else layers[1:]
 
     def put_away(self) -> None:
         super().put_away()
@@ -230,8 +237,11 @@ class PackedCrossAttention(PackedBlock, CrossAttention):
         del self.text
         super().give_back()
 
+    def is_whole(self) -> bool:
+        return super().is_whole() and all(part.bias is None for part in self.parts)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if is_watched(*self.layers()):
+        if not self.is_whole():
             return CrossAttention.forward(self, x, context)
         if context is None:
             q, k, v = linear(x, self.pieces[0], None).chunk(3, dim=-1)  # (b,n,3d) -> 3 x (b,n,d)
@@ -242,9 +252,10 @@ class PackedCrossAttention(PackedBlock, CrossAttention):
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """k and v of a text (b,h,m,d), with rows of nothing up to a multiple of ALIGNMENT, and the mask of these."""
+        check_inference(context)
         if self.text is not None:
-            known, version, result = self.text
-            if known() is context and version == context._version:
+            _, known, result = self.text
+            if known.dtype == context.dtype and torch.equal(known, context):
                 return result
         rows = linear(context, self.pieces[0], None)[..., -2 * self.to_k.out_features :]  # (b,77,2d)
         k, v = rearrange(rows, "b m (two h d) -> two b h m d", two=2, h=self.heads)
@@ -255,37 +266,40 @@ class PackedCrossAttention(PackedBlock, CrossAttention):
             mask[-missing:] = -torch.inf
             mask = mask.expand(1, 1, 1, -1)
         result = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), mask
-        if not context.is_inference():  # such a tensor does not tell when it is changed in place
-            self.text = weakref.ref(context), context._version, result
+        self.text = weakref.ref(context, forgetting(self)), context.detach().clone(), result
         return result
 
 
-class PackedAttnBlock(PackedLayer, AttnBlock):
-    """Of the VAE: q, k and v in one stretch of memory each, as the kernel that works by blocks wants them."""
+def forgetting(block: PackedCrossAttention) -> Callable[[Any], None]:
+    """What drops the keys and values of a text that is gone."""
+    reference = weakref.ref(block)
 
-    plain = AttnBlock
-    name = ""
+    def forget(context: Any) -> None:
+        owner = reference()
+        text = None if owner is None else vars(owner).get("text")
+        if owner is not None and text is not None and text[0] is context:
+            owner.text = None
 
-    def put_away(self) -> None:
-        self.pieces = []
-
-    def give_back(self) -> None:
-        del self.pieces
-        self.__class__ = self.plain  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (rearrange(project(h), "b c h w -> b (h w) c").contiguous() for project in (self.q, self.k, self.v))
-        h = rearrange(attention(q, k, v, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
-        return x + self.proj_out(h)
+    return forget
 
 
-KINDS = (PackedLinear, PackedConv2d, PackedSelfAttention, PackedGEGLU, PackedCrossAttention, PackedAttnBlock)
-PACKED: dict[type[nn.Module], type[PackedLayer]] = {kind.plain: kind for kind in KINDS}
+def take_weight(layer: nn.Module, name: str) -> Tensor:
+    weight = layer._parameters.pop(name)
+    assert weight is not None
+    return weight
 
 
-def set_weight(layer: nn.Module, name: str, weight: Tensor) -> None:
-    layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+def set_weight(layer: nn.Module, name: str, weight: Tensor, trained: bool) -> None:
+    """Give a layer its weight back, in the place of its first parameter."""
+    others = dict(layer._parameters)
+    layer._parameters.clear()
+    layer.register_parameter(name, nn.Parameter(weight, requires_grad=trained))
+    layer._parameters.update(others)
+
+
+def dense(bias: Tensor | None) -> Tensor | None:
+    """oneDNN does not look at a bias's strides."""
+    return None if bias is None else bias.contiguous()
 
 
 def reordered_matrix(weight: Tensor) -> Tensor:
@@ -294,8 +308,8 @@ def reordered_matrix(weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """With a matrix from `reordered_matrix`."""
-    check_inference(x)
-    return ops._linear_pointwise(x, weight, bias, "none", [], "")
+    check_inference(x, bias)
+    return ops._linear_pointwise(x, weight, dense(bias), "none", [], "")
 
 
 @lru_cache(maxsize=1000)
@@ -310,10 +324,10 @@ def order_of(packed: Tensor) -> bytes:
     return description[:108] + description[112:]
 
 
-def check_inference(x: Tensor) -> None:
+def check_inference(*tensors: Tensor | None) -> None:
     """InputError where gradients are asked for, which these operators do not have."""
-    if x.requires_grad and torch.is_grad_enabled():
-        raise InputError(f"a packed network has no gradients: {FIRST}")
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise InputError(f"a packed network has no gradients: run it under torch.no_grad(), or {FIRST}")
 
 
 def is_watched(*layers: nn.Module) -> bool:

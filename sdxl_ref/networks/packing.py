@@ -1,8 +1,6 @@
 """Make a network a packed one for inference on a CPU (packed_layers.py says what that is), and a plain one again."""
 
 import copy
-import ctypes
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +9,26 @@ import torch
 from torch import nn
 
 from sdxl_ref.config import InputError
-from sdxl_ref.networks.packed_layers import PACKED, PackedBlock, PackedLayer, PackedPart, ops
+from sdxl_ref.networks.freed_memory import keep_freed_memory
+from sdxl_ref.networks.packed_layers import (
+    PackedBlock,
+    PackedConv2d,
+    PackedCrossAttention,
+    PackedGEGLU,
+    PackedLayer,
+    PackedLinear,
+    PackedPart,
+    PackedSelfAttention,
+    ops,
+)
+from sdxl_ref.networks.packed_vae import PackedAttnBlock, PackedResnetBlock, PackedUpsample
+
+LAYERS = (PackedLinear, PackedConv2d, PackedSelfAttention)
+BLOCKS = (PackedGEGLU, PackedCrossAttention, PackedAttnBlock, PackedResnetBlock, PackedUpsample)
+PACKED: dict[type[nn.Module], type[PackedLayer]] = {kind.plain: kind for kind in (*LAYERS, *BLOCKS)}
 
 
+@torch.inference_mode(False)
 def pack(network: nn.Module, consume: bool = False) -> nn.Module:
     """An equivalent network for inference on this CPU, under the same names; for pictures and batches of any size.
 
@@ -23,6 +38,8 @@ def pack(network: nn.Module, consume: bool = False) -> nn.Module:
     """
     if why := why_not(network):
         raise InputError(f"this network cannot be packed: {why}: use it as it is")
+    if not consume and hasattr(network, "drop_weights"):
+        raise InputError("this network is read when it works, and a copy would not be: use pipe.pack()")
     keep_freed_memory()
     network = network if consume else copied(network)
     for module in network.modules():
@@ -31,6 +48,7 @@ def pack(network: nn.Module, consume: bool = False) -> nn.Module:
     return network
 
 
+@torch.inference_mode(False)
 def unpack(network: nn.Module, consume: bool = False) -> nn.Module:
     """The inverse of `pack`: plain weights, equal to the bit to those that were packed."""
     network = network if consume else copied(network)
@@ -45,10 +63,13 @@ def is_packable(layer: nn.Module) -> bool:
     if kind is None:
         return False
     if issubclass(kind, PackedBlock):
-        return all(type(part) is nn.Linear for part in kind.layers(layer))  # type: ignore[arg-type]
+        parts = kind.layers(layer)  # type: ignore[arg-type]
+        return len(set(parts)) == len(parts) and all(type(part) is nn.Linear and is_packable(part) for part in parts)
+    if kind.name and layer._parameters.get(kind.name) is None:
+        return False  # other tools compute it from something else
     if isinstance(layer, nn.Conv2d):
-        pads_zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return pads_zeros and layer.weight.dtype != torch.float32
+        is_usual = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return is_usual and "_conv_forward" not in vars(layer) and layer.weight.dtype != torch.float32
     return True
 
 
@@ -63,17 +84,21 @@ def is_without_weights(network: nn.Module) -> bool:
 
 def why_not(network: nn.Module) -> str:
     """Why a network cannot be packed here, in words; empty where it can."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_reorder_linear_weight"):
-        return "this PyTorch has no oneDNN that packs weights"
+    devices = {parameter.device.type for parameter in network.parameters()}
+    if devices != {"cpu"}:
+        return f"expected its parameters on the CPU, found {', '.join(sorted(devices)) or 'none'}"
     if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
         return "it is compiled"
+    return why_not_here({parameter.dtype for parameter in network.parameters()})
+
+
+def why_not_here(dtypes: set[torch.dtype]) -> str:
+    """Why this machine cannot pack weights of some dtypes."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_reorder_linear_weight"):
+        return "this PyTorch has no oneDNN that packs weights"
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return f"expected a CPU with AVX2 or AVX-512, found one with {capability}"
-    devices = {parameter.device.type for parameter in network.parameters()}
-    dtypes = {parameter.dtype for parameter in network.parameters()}
-    if devices != {"cpu"}:
-        return f"expected its parameters on the CPU, found {', '.join(sorted(devices)) or 'none'}"
     for dtype in dtypes - {torch.float32}:
         supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
         if dtype not in supported or not getattr(ops, supported[dtype])():
@@ -110,8 +135,10 @@ def drop_weights(network: nn.Module) -> None:
 @contextmanager
 def plain_weights(network: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Have the parameters of these names in a network, packed or not, and pack again what was packed."""
-    owners = {name.rpartition(".")[0] for name in names}
-    layers = dict.fromkeys(layer_of(network.get_submodule(owner)) for owner in sorted(owners))
+    blocks = [module for module in network.modules() if isinstance(module, PackedBlock)]
+    holders = {part: block for block in blocks for part in block.parts}
+    owners = [network.get_submodule(owner) for owner in sorted({name.rpartition(".")[0] for name in names})]
+    layers = dict.fromkeys(holders.get(owner, owner) for owner in owners)  # type: ignore[call-overload]
     packed = [layer for layer in layers if isinstance(layer, PackedLayer)]
     for layer in packed:
         layer.give_back()
@@ -120,22 +147,3 @@ def plain_weights(network: nn.Module, names: Iterable[str]) -> Iterator[None]:
     finally:
         for layer in packed:
             pack_layer(layer)
-
-
-def layer_of(module: nn.Module) -> nn.Module:
-    """What holds the weight of a module: itself, or the block that it is a part of."""
-    return module.block[0] if isinstance(module, PackedPart) else module
-
-
-def keep_freed_memory() -> None:
-    """Have glibc make tensors of freed memory, instead of the system's new pages each time.
-
-    Blocks of up to 256 MiB. Other systems, and a glibc before 2.35, stay as they are.
-    """
-    if sys.platform != "linux":
-        return
-    mmap_threshold = -3
-    trim_threshold = -1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and mallopt(mmap_threshold, 1 << 28):
-        mallopt(trim_threshold, 1 << 30)

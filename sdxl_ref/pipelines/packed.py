@@ -15,10 +15,18 @@ def pack(pipelines: Sequence[Any]) -> None:
 
     InputError where one of them cannot be packed on this machine: then none is.
     """
+    for pipeline in pipelines:
+        if pipeline.offload is not None and pipeline.offload.device.type != "cpu":
+            raise InputError(
+                f"the pipeline cannot be packed: its parts work on {pipeline.offload.device}: use it as it is"
+            )
     networks = list(networks_of(pipelines))
     for network in networks:
-        why = "" if packing.is_without_weights(network) or packing.is_packed(network) else packing.why_not(network)
-        if why:
+        if packing.is_packed(network):
+            continue
+        is_read_later = packing.is_without_weights(network)
+        dtypes = {parameter.dtype for parameter in network.parameters()}
+        if why := packing.why_not_here(dtypes) if is_read_later else packing.why_not(network):
             raise InputError(f"the pipeline cannot be packed: {why}: use it as it is")
     change(pipelines, networks, packing.pack, packs=True)
 

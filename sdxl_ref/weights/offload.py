@@ -4,8 +4,6 @@ Forward hooks on the networks themselves do it, so that these stay what they are
 adapters work as without.
 """
 
-import ctypes
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from sdxl_ref.config import InputError
+from sdxl_ref.networks.freed_memory import give_freed_memory_back
 from sdxl_ref.networks.packing import drop_weights as drop_weights_of
 from sdxl_ref.networks.packing import pack
 from sdxl_ref.weights.checkpoint import PARTS, Checkpoint, build_empty
@@ -89,14 +88,6 @@ class Offload:
             self._leave()
         self._present = None
         self._leave = None
-
-
-def give_freed_memory_back() -> None:
-    """Have glibc hand what was freed to the system: it keeps up to two gigabytes of dropped weights otherwise."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
 
 
 def model_cpu_offload(pipelines: Sequence[Any], device: torch.device | str) -> None:

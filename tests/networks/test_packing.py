@@ -1,10 +1,12 @@
 """Packed networks: the same function up to rounding, under the same names; plain weights come back to the bit."""
 
 import copy
+import gc
 import platform
 import statistics
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -145,7 +147,7 @@ def test_a_convolution_that_pads_otherwise_stays_plain_or_says_so() -> None:
     conv.padding_mode = packed.padding_mode = "circular"
     conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
     assert torch.equal(pack(conv)(x), conv(x))
-    with pytest.raises(InputError, match=r"pads with zeros, not circular: use sdxl_ref\.unpack"):
+    with pytest.raises(InputError, match=r"pads with zeros, and no other way: use sdxl_ref\.unpack"):
         packed(x)
 
 
@@ -182,15 +184,95 @@ def test_who_watches_a_layer_of_a_fused_block(name: str) -> None:
     assert torch.equal(run_unet(packed, torch.float32, 0), before)
 
 
+def set_bias(layer: nn.Module, bias: Tensor) -> None:
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+
+
+class Doubled(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.layer(x)  # type: ignore[no-any-return]
+
+
+def replaced(network: nn.Module, name: str, new: Callable[[nn.Module], nn.Module]) -> None:
+    parent, _, child = name.rpartition(".")
+    network.get_submodule(parent).register_module(child, new(network.get_submodule(name)))
+
+
+EDITS: dict[str, Callable[[nn.Module], object]] = {
+    "wrapped": lambda net: replaced(net, f"{BLOCK}.attn1.to_v", Doubled),
+    "wrapped key of the text": lambda net: replaced(net, f"{BLOCK}.attn2.to_k", Doubled),
+    "wrapped feed-forward": lambda net: replaced(net, f"{BLOCK}.ff.net.0.proj", Doubled),
+    "another layer": lambda net: replaced(net, f"{BLOCK}.attn1.to_q", lambda old: nn.Linear(128, 128)),
+    "a bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.attn1.to_v"), torch.full((128,), 3.0)),
+    "a bias of the text": lambda net: set_bias(net.get_submodule(f"{BLOCK}.attn2.to_v"), torch.full((128,), 3.0)),
+    "a strided bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.ff.net.2"), torch.arange(256.0)[::2] / 50),
+    "an expanded bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.ff.net.0.proj"), torch.ones(1).expand(1024)),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_of_layers_count_before_and_after(name: str, first: bool) -> None:
+    plain = network_of("unet")
+    before = run_unet(plain, torch.float32, 0)
+    state = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
+    packed = pack(copy.deepcopy(plain), consume=True)
+    torch.manual_seed(0)
+    EDITS[name](plain)
+    torch.manual_seed(0)
+    if first:
+        packed = pack(copy.deepcopy(plain), consume=True)
+    else:
+        EDITS[name](packed)
+    after = run_unet(plain, torch.float32, 0)
+    assert peers.distance(after, before) > 1e-3
+    assert peers.distance(run_unet(packed, torch.float32, 0), after) <= FLOAT32
+    kept = {key: tensor for key, tensor in unpack(packed).state_dict().items() if key in state and "bias" not in key}
+    if name != "another layer":
+        assert adapter_files.same({key: state[key] for key in kept}, kept)
+
+
+def test_what_unpack_gives_back_is_the_network() -> None:
+    """Its parameters in their order, trained or not, also in inference mode; and nothing of it outlives it."""
+    plain = peers.small_unet(seed=0)
+    plain.get_submodule("time_embed.0").requires_grad_(False)
+    with torch.inference_mode():
+        back = unpack(pack(plain))
+    theirs = [(key, parameter.requires_grad) for key, parameter in plain.named_parameters()]
+    assert [(key, parameter.requires_grad) for key, parameter in back.named_parameters()] == theirs
+    assert not any(parameter.is_inference() for parameter in back.parameters())
+    packed = pack(plain)
+    watch = weakref.ref(packed.get_submodule(f"{BLOCK}.ff.net.0.proj"))
+    gc.collect()
+    gc.disable()
+    try:
+        del packed
+        assert watch() is None
+    finally:
+        gc.enable()
+
+
+def test_layers_whose_weight_another_tool_computes_stay_as_they_are() -> None:
+    plain = network_of("unet")
+    torch.nn.utils.parametrizations.weight_norm(plain.get_submodule(f"{BLOCK}.attn1.to_q"))
+    plain.get_submodule(f"{BLOCK}.attn2").to_v = plain.get_submodule(f"{BLOCK}.attn2.to_k")
+    assert peers.distance(*(run_unet(net, torch.float32, 0) for net in (pack(plain), plain))) <= FLOAT32
+
+
 def test_a_layer_of_somebody_else_in_a_block_is_left_alone() -> None:
-    class Doubled(nn.Linear):
+    class Twice(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
     plain = network_of("unet")
-    plain.get_submodule(f"{BLOCK}.attn1.to_q").__class__ = Doubled
+    plain.get_submodule(f"{BLOCK}.attn1.to_q").__class__ = Twice
     packed = pack(plain)
-    assert type(packed.get_submodule(f"{BLOCK}.attn1.to_q")) is Doubled
+    assert type(packed.get_submodule(f"{BLOCK}.attn1.to_q")) is Twice
     assert peers.distance(run_unet(packed, torch.float32, 0), run_unet(plain, torch.float32, 0)) <= FLOAT32
 
 
@@ -213,13 +295,16 @@ def test_the_text_is_read_anew_where_it_or_the_weights_changed() -> None:
     first = run_with(packed, context)
     assert torch.equal(run_with(packed, context), first)
     assert torch.equal(run_with(packed, context.clone()), first)
-    context[:, 3] += 1
+    context.data[:, 3] += 1
     assert peers.distance(run_with(packed, context), run_with(plain, context)) <= FLOAT32
     assert not torch.equal(run_with(packed, context), first)
     for seed in range(3):  # tensors that may lie where the one before lay
         assert peers.distance(*(run_with(net, text(1, seed=seed)) for net in (packed, plain))) <= FLOAT32
-    name = f"{BLOCK}.attn2.to_k.weight"
+    block: Any = packed.get_submodule(f"{BLOCK}.attn2")
+    assert block.text is None  # the text is gone
     run_with(packed, context)
+    assert block.text is not None
+    name = f"{BLOCK}.attn2.to_k.weight"
     with packing.plain_weights(packed, [name]):
         packed.get_parameter(name).mul_(3)
     plain.get_parameter(name).mul_(3)
@@ -234,8 +319,7 @@ def test_texts_of_other_lengths() -> None:
         assert peers.distance(run_with(packed, context), run_with(plain, context)) <= FLOAT32
 
 
-def test_a_text_in_inference_mode_is_not_kept() -> None:
-    """A tensor made there does not tell when it is changed."""
+def test_a_text_that_is_changed_in_inference_mode() -> None:
     packed = pack(network_of("unet"))
     with torch.inference_mode():
         context = text(2)
@@ -354,6 +438,13 @@ def test_what_cannot_be_packed_is_left_as_it_is(change: Callable[[nn.Module], nn
     with pytest.raises(InputError, match=f"cannot be packed: {message}"):
         pack(network, consume=True)
     assert not packing.is_packed(network)
+
+
+def test_a_network_that_is_read_when_it_works_is_not_copied() -> None:
+    network = network_of("CLIP-L")
+    network.drop_weights = lambda: None  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"read when it works, and a copy would not be: use pipe\.pack"):
+        pack(network)
 
 
 def test_without_onednn_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,3 +114,19 @@ def test_where_one_network_cannot_be_packed_none_is(base: TextToImagePipeline) -
     with pytest.raises(InputError, match=r"a packed network cannot be moved to cpu and torch.bfloat16.*pipe.unpack"):
         base.to(torch.bfloat16)
     paint(base)
+
+
+def test_networks_that_are_read_later_are_refused_at_once(
+    low_memory: EnsemblePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the middle of a run."""
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+        with pytest.raises(InputError, match="cannot be packed: expected a CPU with AVX2 or AVX-512"):
+            low_memory.pack()
+    offload = low_memory.base.offload
+    assert offload is not None
+    assert not offload.packs
+    monkeypatch.setattr(offload, "device", torch.device("cuda"))
+    with pytest.raises(InputError, match="cannot be packed: its parts work on cuda"):
+        low_memory.pack()

@@ -1,0 +1,65 @@
+"""The autoencoder in bands of rows: the same as the whole, in less memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import checks
+import peers
+import pytest
+import torch
+from torch import Tensor
+
+from sdxl_ref import pack
+from sdxl_ref.networks import packed_vae
+
+FLOAT32 = 5e-6
+
+
+@pytest.fixture(autouse=True)
+def _for_inference() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("size", [(5, 4), (1, 7)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+def test_bands_are_the_whole(
+    size: tuple[int, int], rows: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = peers.small_vae(seed=0).eval().requires_grad_(False)
+    packed: Any = pack(plain)
+    z = checks.normal(2, 4, *size, seed=1).float().contiguous(memory_format=layout)
+    picture = checks.normal(2, 3, 8 * size[0], 8 * size[1], seed=2).float().contiguous(memory_format=layout)
+    monkeypatch.setattr(packed_vae, "LARGE", 0)
+    monkeypatch.setattr(packed_vae, "rows_of_a_band", lambda x: rows)
+    counted = []
+    convolve = packed_vae.convolve
+    monkeypatch.setattr(packed_vae, "convolve", lambda *a, **k: counted.append(1) or convolve(*a, **k))
+    assert peers.distance(packed.decode(z), plain.decode(z)) <= FLOAT32
+    assert len(counted) > 20
+    assert peers.distance(packed.encode(picture).mean, plain.encode(picture).mean) <= FLOAT32
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_the_statistics_are_those_of_the_whole_map(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also far from 0, where a difference of squares would lose them."""
+    norm = torch.nn.GroupNorm(32, 64)
+    norm.weight.copy_(checks.normal(64, seed=1))
+    norm.bias.copy_(checks.normal(64, seed=2))
+    x = (checks.normal(2, 64, 9, 5, seed=0) + offset).float()
+    monkeypatch.setattr(packed_vae, "rows_of_a_band", lambda x: 2)
+    exact = torch.nn.functional.silu(norm.double()(x.double()))
+    plain = torch.nn.functional.silu(norm.float()(x))
+    ours = packed_vae.normalize(x, norm)(x)
+    assert peers.distance(ours, exact) <= 1.5 * peers.distance(plain, exact) + 1e-7
+
+
+def test_who_watches_a_layer_sees_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: Any = pack(peers.small_vae(seed=0).eval().requires_grad_(False))
+    monkeypatch.setattr(packed_vae, "LARGE", 0)
+    seen: list[Tensor] = []
+    packed.decoder.up[0].block[0].conv1.register_forward_hook(lambda *call: seen.append(call[2]))
+    packed.decode(checks.normal(1, 4, 5, 4, seed=1).float())
+    assert [tuple(output.shape[2:]) for output in seen] == [(40, 32)]
