@@ -19,6 +19,7 @@ from sdxl_ref.networks.packed_layers import PackedLayer, is_watched
 from sdxl_ref.networks.vae import AttnBlock, ResnetBlock
 
 LARGE = 2**26  # bytes of a map that is worked on in bands
+KEPT = 2**28  # bytes: blocks from here on are new memory anyway, so that others make room for them
 BAND = 2**24  # bytes of a band, or a row
 Prepare = Callable[[Tensor], Tensor]
 
@@ -88,7 +89,8 @@ def convolve(x: Tensor, conv: nn.Conv2d, prepare: Prepare, scale: int = 1, resul
     """
     b, _, h, w = x.shape
     if result is None:
-        give_freed_memory_back()
+        if b * conv.out_channels * scale * h * scale * w * x.element_size() >= KEPT:
+            give_freed_memory_back()
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         result = torch.empty(b, conv.out_channels, scale * h, scale * w, dtype=x.dtype, memory_format=layout)
     rows = rows_of_a_band(x)
