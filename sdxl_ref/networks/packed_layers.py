@@ -117,7 +117,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         check_inference(x, self.bias)
-        if self.padding_mode != "zeros" or "_conv_forward" in vars(self):
+        if not pads_zeros(self):
             raise InputError(f"a packed convolution pads with zeros, and no other way: {FIRST}")
         x = x.contiguous(memory_format=torch.channels_last)
         if tuple(x.shape[2:]) != self.size:
@@ -328,6 +328,11 @@ def check_inference(*tensors: Tensor | None) -> None:
     """InputError where gradients are asked for, which these operators do not have."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise InputError(f"a packed network has no gradients: run it under torch.no_grad(), or {FIRST}")
+
+
+def pads_zeros(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is an ordinary one, and not one that users made to tile."""
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and "_conv_forward" not in vars(conv)
 
 
 def is_watched(*layers: nn.Module) -> bool:

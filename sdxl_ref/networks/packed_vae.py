@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdxl_ref.networks.freed_memory import give_freed_memory_back
 from sdxl_ref.networks.layers import Upsample, attention
-from sdxl_ref.networks.packed_layers import PackedLayer, is_watched
+from sdxl_ref.networks.packed_layers import PackedLayer, is_watched, pads_zeros
 from sdxl_ref.networks.vae import AttnBlock, ResnetBlock
 
 LARGE = 2**26  # bytes of a map that is worked on in bands
@@ -53,7 +53,9 @@ class PackedResnetBlock(PackedVAEBlock, ResnetBlock):
     plain = ResnetBlock
 
     def forward(self, x: Tensor) -> Tensor:
-        if size_of(x) <= LARGE or is_watched(*self.children()):
+        norms = self.norm1, self.norm2
+        is_usual = all(isinstance(norm, nn.GroupNorm) for norm in norms) and is_conv3x3(self.conv1, self.conv2)
+        if size_of(x) <= LARGE or not is_usual or is_watched(*self.children()):
             return ResnetBlock.forward(self, x)
         h = convolve(x, self.conv1, normalize(x, self.norm1))
         h = convolve(h, self.conv2, normalize(h, self.norm2), result=h)
@@ -69,13 +71,23 @@ class PackedUpsample(PackedVAEBlock, Upsample):
     plain = Upsample
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if 4 * size_of(x) <= LARGE or size is not None or is_watched(self.conv):
+        if 4 * size_of(x) <= LARGE or size is not None or not is_conv3x3(self.conv) or is_watched(self.conv):
             return Upsample.forward(self, x, size)
         return convolve(x, self.conv, lambda band: F.interpolate(band, scale_factor=2.0, mode="nearest"), scale=2)
 
 
 def size_of(x: Tensor) -> int:
     return x.numel() * x.element_size()
+
+
+def is_conv3x3(*convs: nn.Module) -> bool:
+    """Whether these are what `convolve` takes: 3x3, of stride 1, with a row and a column of zeros around."""
+    for conv in convs:
+        if not isinstance(conv, nn.Conv2d) or not pads_zeros(conv):
+            return False
+        if (conv.kernel_size, conv.stride, conv.padding, conv.dilation) != ((3, 3), (1, 1), (1, 1), (1, 1)):
+            return False
+    return True
 
 
 def rows_of_a_band(x: Tensor) -> int:

@@ -20,6 +20,7 @@ from sdxl_ref.networks.packed_layers import (
     PackedPart,
     PackedSelfAttention,
     ops,
+    pads_zeros,
 )
 from sdxl_ref.networks.packed_vae import PackedAttnBlock, PackedResnetBlock, PackedUpsample
 
@@ -68,8 +69,7 @@ def is_packable(layer: nn.Module) -> bool:
     if kind.name and layer._parameters.get(kind.name) is None:
         return False  # other tools compute it from something else
     if isinstance(layer, nn.Conv2d):
-        is_usual = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return is_usual and "_conv_forward" not in vars(layer) and layer.weight.dtype != torch.float32
+        return pads_zeros(layer) and layer.weight.dtype != torch.float32
     return True
 
 

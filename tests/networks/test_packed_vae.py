@@ -63,3 +63,28 @@ def test_who_watches_a_layer_sees_it_whole(monkeypatch: pytest.MonkeyPatch) -> N
     packed.decoder.up[0].block[0].conv1.register_forward_hook(lambda *call: seen.append(call[2]))
     packed.decode(checks.normal(1, 4, 5, 4, seed=1).float())
     assert [tuple(output.shape[2:]) for output in seen] == [(40, 32)]
+
+
+def circular(vae: Any) -> None:
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.padding == (1, 1):
+            module.padding_mode = "circular"
+            module._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def wider(vae: Any) -> None:
+    torch.manual_seed(0)
+    vae.decoder.up[0].block[0].conv1 = torch.nn.Conv2d(64, 32, 5, padding=2)
+
+
+@pytest.mark.parametrize("change", [circular, wider])
+def test_other_convolutions_are_not_cut_into_bands(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users set them for pictures that tile, or to try something."""
+    plain = peers.small_vae(seed=0).eval().requires_grad_(False)
+    packed: Any = pack(plain)
+    change(plain)
+    change(packed)
+    monkeypatch.setattr(packed_vae, "LARGE", 0)
+    monkeypatch.setattr(packed_vae, "rows_of_a_band", lambda x: 3)
+    z = checks.normal(1, 4, 5, 4, seed=1).float()
+    assert peers.distance(packed.decode(z), plain.decode(z)) <= FLOAT32
