@@ -1,7 +1,8 @@
-"""Time and memory of this package beside diffusers', in one run, on a generated refiner of full size: `make bench`.
+"""Time and memory of this package beside others', in turns, on generated files of full size: `make bench`.
 
-Every figure comes from fresh processes, and the two sides take turns. A ratio is ours over diffusers', so less is
-better. The file is generated once (tests/full/full_file.py); nothing is downloaded.
+Every figure comes from a fresh process. A ratio is over diffusers' in the same turn, the median over the turns: less
+is better. The files are generated once (tests/full/full_file.py); nothing is downloaded. `--only` runs a part, and
+`--json FILE` keeps the figures of the others that are in the file already.
 """
 
 from __future__ import annotations
@@ -13,168 +14,349 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "full")]
 
-from measure import Measured, measure  # noqa: E402
+from measure import measure  # noqa: E402
 
 PHOTO = HERE.parent / "sdxl_ref" / "data" / "photo.jpg"
-FLOAT32_WEIGHTS = 4 * (2_259_526_660 + 694_659_841 + 83_653_863)  # bytes: UNet, bigG, VAE
-IMPORTS = {
-    "ours": "import sdxl_ref; from sdxl_ref import ImageToImagePipeline",
-    "diffusers": "from diffusers import StableDiffusionXLImg2ImgPipeline",
+OURS, DIFFUSERS = "ours, packed", "diffusers"
+ALLOCATORS = {  # preloaded, as PyTorch's tuning guide for CPUs has it
+    "diffusers, jemalloc": {
+        "LD_PRELOAD": "libjemalloc.so.2",
+        "MALLOC_CONF": "oversize_threshold:1,background_thread:true,metadata_thp:auto",
+    },
+    "diffusers, tcmalloc": {"LD_PRELOAD": "libtcmalloc_minimal.so.4"},
 }
-SIDES = ("ours", "diffusers")
-PACKAGES = ("sdxl-ref", "torch", "diffusers", "transformers", "safetensors", "accelerate")
+COMPILED = ("ours, compiled", "diffusers, compiled")  # which takes minutes
+CONTESTANTS = (OURS, "ours, plain", DIFFUSERS, *ALLOCATORS, "OpenVINO", *COMPILED)
+IMPORTS = {
+    OURS: "import sdxl_ref; from sdxl_ref import ImageToImagePipeline",
+    DIFFUSERS: "from diffusers import StableDiffusionXLImg2ImgPipeline",
+}
+PACKAGES = ("sdxl-ref", "torch", "diffusers", "transformers", "safetensors", "accelerate", "openvino")
+DTYPES = ("bfloat16", "float32")
+BUSY = (
+    "import numpy as np; a, b = np.ones(1 << 28), np.ones(1 << 28)\n"  # 4 GB that move, on one core
+    "print(flush=True)\nwhile True: np.copyto(a, b)"
+)
+Figures = dict[str, Any]  # by contestant
 
 
-class Row(NamedTuple):
-    """One line of the table; `limit` bounds `ratio`, or `copies` where that is given."""
+class Plan(NamedTuple):
+    """What is measured in one process of each contestant: some cases of a part of a model, so many turns."""
 
-    what: str
-    ours: str
-    diffusers: str
-    ratio: float
-    limit: float | None = None
-    copies: float | None = None
+    kind: str
+    part: str
+    dtype: str
+    cases: tuple[str, ...]
+    turns: int = 5
+    contestants: tuple[str, ...] = CONTESTANTS
+    steady: tuple[str, ...] = (OURS, DIFFUSERS)  # who runs in every turn: the others in the first one, three calls
+    busy: bool = False
 
-    def cells(self) -> tuple[str, ...]:
-        if self.limit is None:
-            return self.what, self.ours, self.diffusers, f"{self.ratio:.2f}", "", ""
-        found = self.ratio if self.copies is None else self.copies
-        target = f"{self.limit} or less" + ("" if self.copies is None else f" copies (it is {self.copies:.3f})")
-        met = "yes" if found <= self.limit else "NO"
-        return self.what, self.ours, self.diffusers, f"{self.ratio:.2f}", target, met
+    @property
+    def name(self) -> str:
+        return " ".join([self.kind, self.part, self.dtype, *self.cases, *["busy"] * self.busy])
 
 
-class Setting(NamedTuple):
-    file: Path
-    folder: Path  # diffusers' configuration, and room for pictures
-    repeats: int
-    device: str
+STEADY = (OURS, DIFFUSERS, "OpenVINO")
+EAGER = tuple(name for name in CONTESTANTS if name not in COMPILED)
+PLANS = {
+    "unet": [
+        *(Plan("refiner", "unet", dtype, ("512x1", "512x2"), 5, EAGER, STEADY) for dtype in DTYPES),
+        Plan("refiner", "unet", "bfloat16", ("512x1", "512x2"), 5, (OURS, DIFFUSERS), busy=True),
+    ],
+    "compiled": [Plan("refiner", "unet", dtype, ("512x2",), 1, (OURS, DIFFUSERS, *COMPILED)) for dtype in DTYPES],
+    "sizes": [
+        Plan(kind, "unet", dtype, ("256x1", "256x2", *extra, "1024x1", "1024x2"), 1, STEADY)
+        for kind, extra in (("refiner", ()), ("base", ("512x1", "512x2")))
+        for dtype in DTYPES
+    ],
+    "towers": [
+        Plan(kind, part, dtype, ("1", "2"), 5, EAGER)
+        for kind, part in (("refiner", "text_encoder_2"), ("base", "text_encoder"))
+        for dtype in DTYPES
+    ],
+    "vae": [
+        Plan("refiner", part, dtype, (pixels,), 5 if (dtype, part) == ("float32", "decoder") else 1, EAGER)
+        for pixels in ("512", "1024")
+        for part in ("decoder", "encoder")
+        for dtype in DTYPES
+    ],
+}
+WHOLE = ("import", "open", "warm", "cold")
 
 
-def by_turns(run: Callable[[str], Measured], repeats: int) -> dict[str, list[Measured]]:
-    """Both sides, `repeats` times each; who begins changes from turn to turn."""
-    results: dict[str, list[Measured]] = {side: [] for side in SIDES}
-    for turn in range(repeats):
-        for side in SIDES if turn % 2 == 0 else reversed(SIDES):
-            results[side].append(measured := run(side))
-            say(f"  {side:<9} {measured.seconds:7.2f} s, peak {gb(measured.peak)}")
+def child(*command: object, **environment: str) -> tuple[Figures, float, int]:
+    """A Python process that finds the tests' helpers and asks no network: its last line, its seconds and its peak."""
+    path = os.pathsep.join([str(TESTS), str(TESTS / "full"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | environment
+    found = measure([sys.executable, *map(str, command)], **environment)
+    last = found.output.strip().splitlines()[-1] if found.output.strip() else "{}"
+    return (json.loads(last) if last.startswith("{") else {"printed": last}), found.seconds, found.peak
+
+
+# --- one network --------------------------------------------------------------------------------------------------
+
+
+def run_plan(plan: Plan, folder: Path, turns: int) -> dict[str, Figures]:
+    """For each contestant the turns' figures; a contestant that ends early (memory, a missing library) says why."""
+    file = folder / f"random_{plan.kind}.safetensors"
+    results: dict[str, Figures] = {}
+    with busy() if plan.busy else nullcontext():
+        for turn in range(turns or plan.turns):
+            order = plan.contestants if turn % 2 == 0 else tuple(reversed(plan.contestants))
+            for contestant in order:
+                if "missing" in results.get(contestant, {}) or (turn > 0 and contestant not in plan.steady):
+                    continue
+                name = DIFFUSERS if contestant in ALLOCATORS else contestant
+                command = [HERE / "contestants.py", name, file, folder, plan.part, plan.dtype, *plan.cases]
+                command += ["--calls", 1 if contestant in plan.steady else 3]
+                try:
+                    found, _, _ = child(*command, **ALLOCATORS.get(contestant, {}))
+                except RuntimeError as error:
+                    results[contestant] = {"missing": reason(error)}
+                    say(f"  {contestant}: {results[contestant]['missing']}")
+                    continue
+                mine = results.setdefault(contestant, {case: [] for case in plan.cases} | {"peak": []})
+                mine["peak"].append(found["peak"])
+                for case in plan.cases:
+                    mine[case].append(found[case])
+                shown = "  ".join(f"{case} {statistics.median(found[case]['seconds']):.2f}" for case in plan.cases)
+                say(f"  {contestant:<20} {shown}, peak {gb(found['peak'])}")
     return results
 
 
-def child(*command: object) -> Measured:
-    """A Python process that finds the tests' helpers and asks no network."""
-    path = os.pathsep.join([str(TESTS), str(TESTS / "full"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return measure([sys.executable, *map(str, command)], HF_HUB_OFFLINE="1", PYTHONPATH=path)
+def reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return "killed, memory was short" if "ended with 247" in lines[0] else lines[-1][:120]  # 247: SIGKILL
 
 
-def compare(what: str, times: dict[str, list[float]], limit: float | None) -> Row:
-    """Medians of both, and the median of the turns' ratios: what slows a whole turn down falls out of it."""
-    ours, theirs = (statistics.median(times[side]) for side in SIDES)
-    ratio = statistics.median(a / b for a, b in zip(*(times[side] for side in SIDES), strict=True))
-    return Row(what, f"{ours:.2f} s", f"{theirs:.2f} s", ratio, limit)
+@contextmanager
+def busy() -> Iterator[None]:
+    """A second process that keeps one core busy and 4 GB of memory moving."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
-def compare_memory(what: str, peaks: dict[str, list[int]], limit: float | None, copies: bool = False) -> Row:
-    ours, theirs = (statistics.median(peaks[side]) for side in SIDES)
-    return Row(what, gb(ours), gb(theirs), ours / theirs, limit, ours / FLOAT32_WEIGHTS if copies else None)
+def seconds(figures: Figures, case: str) -> list[float]:
+    return [statistics.median(turn["seconds"]) for turn in figures[case]]
 
 
-def bench_unet(s: Setting) -> Iterator[Row]:
-    """In one process for both, so that they share the weights."""
-    warm(s.file)
-    if s.device == "cpu":
-        cases = [("float32", 512, 1, False), ("bfloat16", 512, 1, False)]
-    else:
-        cases = [("bfloat16", 1024, 2, False), ("bfloat16", 1024, 2, True)]
-    for dtype, pixels, batch, compiled in cases:
-        kind = ", compiled" if compiled else ", eager" if s.device != "cpu" else ""
-        what = f"UNet forward, {pixels} px, batch {batch}, {dtype}{kind}"
-        say(what)
-        options = ["--dtype", dtype, "--pixels", pixels, "--batch", batch, "--device", s.device]
-        options += ["--repeats", max(8, s.repeats) if s.device == "cpu" else 20, *["--compile"] * compiled]
-        found = json.loads(child(HERE / "unet_forward.py", s.file, *options).output.splitlines()[-1])
-        say(f"  {found['where']}; distance of the outputs {found['distance']:.1e}")
-        say("  " + "; ".join(f"{side} " + " ".join(f"{t:.3f}" for t in found[side]) for side in SIDES))
-        yield compare(f"{what} ({found['where']})", found, 1.0)
+def ratio(figures: dict[str, Figures], contestant: str, values: Callable[[Figures], list[float]]) -> float | None:
+    """The median of the turns' ratios over diffusers: what slows a whole turn down falls out of it."""
+    if DIFFUSERS not in figures or "missing" in figures[DIFFUSERS] or contestant == DIFFUSERS:
+        return None
+    pairs = zip(values(figures[contestant]), values(figures[DIFFUSERS]), strict=False)
+    return statistics.median(a / b for a, b in pairs)
 
 
-def bench_import(s: Setting) -> Iterator[Row]:
-    say("import")
-    program = "import time; began = time.perf_counter(); {}; print(time.perf_counter() - began)"
-    for side in SIDES:  # once unseen, for the page cache
-        child("-c", program.format(IMPORTS[side]))
-    runs = by_turns(lambda side: child("-c", program.format(IMPORTS[side])), max(5, s.repeats))
-    yield compare("import of the pipeline", printed(runs), 0.5)
+def network_rows(plan: Plan, figures: dict[str, Figures], bounds: Figures) -> Iterator[list[str]]:
+    """A row for each case, a cell for each contestant, and one for the peaks."""
+    for case in plan.cases:
+        row = [f"{plan.kind} {plan.part} {case}, {plan.dtype}{', busy machine' * plan.busy}", bound(plan, case, bounds)]
+        for contestant in CONTESTANTS:
+            mine = figures.get(contestant, {"missing": ""})
+            if "missing" in mine:
+                row.append(mine["missing"] and "none (1)")
+                continue
+            share = ratio(figures, contestant, lambda f, case=case: seconds(f, case))  # type: ignore[misc]
+            cell = f"{statistics.median(seconds(mine, case)):.3g} s"
+            row.append(cell if share is None else f"{cell}, {share:.2f}")
+        yield row
+    peaks = [
+        "" if "missing" in mine else gb(statistics.median(mine["peak"]))
+        for mine in (figures.get(contestant, {"missing": ""}) for contestant in CONTESTANTS)
+    ]
+    yield ["· peak of the process", "", *peaks]
 
 
-def bench_open(s: Setting) -> Iterator[Row]:
-    for dtype, limit in (("float16", 1.0), ("float32", 0.5)):
-        say(f"open as {dtype}")
-
-        def run(side: str, dtype: str = dtype) -> Measured:
-            warm(s.file)
-            return child(HERE / "opening.py", side, s.file, s.folder, dtype)
-
-        runs = by_turns(run, max(4, s.repeats))
-        yield compare(f"open the float16 file as {dtype}", printed(runs), limit)
-        if dtype == "float32":
-            yield floor(statistics.median(printed(runs)["diffusers"]), max(4, s.repeats))
-        peaks = {side: [m.peak_anonymous for m in runs[side]] for side in SIDES}
-        bound = 1.1 if dtype == "float32" else None
-        yield compare_memory(f"open as {dtype}: peak RssAnon", peaks, bound, copies=dtype == "float32")
+def bound(plan: Plan, case: str, bounds: Figures) -> str:
+    """Operations over rates, in seconds."""
+    counts = bounds.get("operations", {}).get(f"{plan.kind} {plan.part} {case}")
+    if counts is None:
+        return ""
+    rates = bounds["rates"][plan.dtype]
+    return f"{sum(counts[name] / rates[name] for name in counts):.3g} s"
 
 
-def floor(diffusers: float, repeats: int) -> Row:
-    """The system's price of so much new memory: what no way of opening as float32 can go under."""
-    program = "import time, torch; began = time.perf_counter(); torch.empty({}).fill_(1); "
-    program += "print(time.perf_counter() - began)"
-    runs = [child("-c", program.format(FLOAT32_WEIGHTS // 4)) for _ in range(repeats)]
-    ours = statistics.median(float(m.output) for m in runs)
-    say("  first touch " + " ".join(m.output.strip() for m in runs))
-    return Row("of which: writing to so much new memory, once", f"{ours:.2f} s", "", ours / diffusers)
+# --- the whole ----------------------------------------------------------------------------------------------------
 
 
-def bench_cold(s: Setting) -> Iterator[Row]:
+def by_turns(run: Callable[[str], Figures], sides: Sequence[str], turns: int) -> dict[str, Figures]:
+    """Each side `turns` times; who begins changes. Lists of what the runs return, by its names."""
+    results: dict[str, Figures] = {side: {} for side in sides}
+    for turn in range(turns):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            found = run(side)
+            for name, value in found.items():
+                results[side].setdefault(name, []).append(value)
+            say(f"  {side:<14} " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    return results
+
+
+def run_whole(part: str, folder: Path, turns: int) -> Iterator[tuple[str, dict[str, Figures]]]:
+    file, config = folder / "random_refiner.safetensors", folder / "diffusers"
+    sides = (OURS, DIFFUSERS)
+    if part == "import":
+        timed = "import time; began = time.perf_counter(); {}; print(time.perf_counter() - began)"
+        for side in sides:  # once unseen, for the page cache
+            child("-c", timed.format(IMPORTS[side]))
+        run = lambda side: {"seconds": float(child("-c", timed.format(IMPORTS[side]))[0]["printed"])}  # noqa: E731
+        yield "import of the pipeline", by_turns(run, sides, turns or 5)
+    if part == "open":
+        for dtype in ("float16", *DTYPES):
+            everybody = sides if dtype == "float16" else (OURS, "ours, plain", DIFFUSERS)
+            plain = ("ours, plain", DIFFUSERS) if dtype == "float16" else everybody
+
+            def opened(side: str, dtype: str = dtype) -> Figures:
+                warm(file)
+                found, _, peak = child(HERE / "whole.py", side, file, config, dtype)
+                return {"seconds": found["opened"], "peak": peak}
+
+            yield f"open the float16 file as {dtype}", by_turns(opened, plain, turns or 5)
+    if part == "warm":
+        for dtype, runs in (("bfloat16", ("2x512", "2x512", "2x256", "8x256")), ("float32", ("2x512", "2x512"))):
+
+            def worked(side: str, dtype: str = dtype, runs: tuple[str, ...] = runs) -> Figures:
+                warm(file)
+                found, _, peak = child(HERE / "whole.py", side, file, config, dtype, *runs)
+                growth = {f"run {run}": value for run, value in zip(runs[2:], found["seconds"][2:], strict=True)}
+                return {"seconds": found["seconds"][1], "peak": peak} | growth
+
+            yield f"warm run, 512 px, 2 steps, {dtype}", by_turns(worked, sides, turns or (5 if runs[2:] else 3))
+    if part == "cold":
+        for dtype, vae in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")):
+            what = f"cold run to PNG, 512 px, 3 steps, {dtype}" + f", our VAE in {vae}" * (dtype == "bfloat16")
+            yield what, by_turns(lambda side, d=dtype, v=vae: cold(side, d, v, folder), sides, turns or 5)  # type: ignore[misc]
+
+
+def cold(side: str, dtype: str, vae: str, folder: Path) -> Figures:
     """Process start to PNG; each side's own defaults for all that is not named."""
-    out = s.folder / "out.png"
-    options = [PHOTO, "--checkpoint", s.file, "--out", out, "--prompt", "a cup of coffee on a wooden table"]
-    options += ["--steps", 10, "--strength", 0.3, "--guidance-scale", 5, "--seed", 0]
+    file, out = folder / "random_refiner.safetensors", folder / "out.png"
+    options = [PHOTO, "--checkpoint", file, "--out", out, "--prompt", "a cup of coffee on a wooden table"]
+    options += ["--steps", 10, "--strength", 0.3, "--guidance-scale", 5, "--seed", 0, "--dtype", dtype]
     programs = {
-        "ours": [Path(sys.executable).with_name("sdxl-ref"), "refine"],
-        "diffusers": [TESTS / "full" / "diffusers_refine.py", "--folder", s.folder],
+        OURS: ["-m", "sdxl_ref", "refine", "--vae-dtype", vae],
+        DIFFUSERS: [TESTS / "full" / "diffusers_refine.py", "--folder", folder / "diffusers"],
     }
-    for dtype in ("bfloat16", "float32"):
-        what = f"cold run to PNG, 512 px, 3 steps, {dtype}"
-        say(what)
-
-        def run(side: str, dtype: str = dtype) -> Measured:
-            warm(s.file)
-            out.unlink(missing_ok=True)
-            measured = child(*programs[side], *options, "--dtype", dtype)
-            assert out.stat().st_size > 0
-            return measured
-
-        runs = by_turns(run, max(2, s.repeats))
-        yield compare(what, {side: [m.seconds for m in runs[side]] for side in SIDES}, 0.9)
-        yield compare_memory(f"{what}: peak RSS", {side: [m.peak for m in runs[side]] for side in SIDES}, 0.9)
+    warm(file)
+    out.unlink(missing_ok=True)
+    _, took, peak = child(*programs[side], *options)
+    assert out.stat().st_size > 0
+    return {"seconds": took, "peak": peak}
 
 
-PARTS = {"unet": bench_unet, "import": bench_import, "open": bench_open, "cold": bench_cold}
+def whole_rows(what: str, figures: dict[str, Figures]) -> Iterator[list[str]]:
+    for name in next(iter(figures.values())):
+        show = gb if name == "peak" else "{:.2f} s".format
+        row = [what if name == "seconds" else f"· {name}"]
+        for side in (OURS, "ours, plain", DIFFUSERS):
+            if side not in figures:
+                row.append("")
+                continue
+            share = ratio(figures, side, lambda f, name=name: f[name])  # type: ignore[misc]
+            cell = show(statistics.median(figures[side][name]))
+            row.append(cell if share is None else f"{cell}, {share:.2f}")
+        yield row
 
 
-def printed(runs: dict[str, list[Measured]]) -> dict[str, list[float]]:
-    """The seconds that the children timed themselves: their last line."""
-    return {side: [float(m.output.splitlines()[-1]) for m in runs[side]] for side in SIDES}
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def growth(results: Figures) -> list[str]:
+    """Exponents: what the time grows with, as a power."""
+    import math
+
+    notes = []
+    for plan in PLANS["sizes"]:
+        figures = results.get(plan.name, {})
+        for contestant in (OURS, DIFFUSERS):
+            mine = figures.get(contestant, {"missing": ""})
+            if "missing" in mine:
+                continue
+            times = {case: statistics.median(seconds(mine, case)) for case in plan.cases}
+            pixels = math.log(times["1024x1"] / times["256x1"], 16)
+            batch = math.log(times["256x2"] / times["256x1"], 2)
+            notes.append(
+                f"{plan.kind}, {plan.dtype}, {contestant}: time grows with pixels^{pixels:.2f} and batch^{batch:.2f}"
+            )
+    warm_run = results.get("warm run, 512 px, 2 steps, bfloat16", {})
+    for contestant, mine in warm_run.items():
+        few, many = (statistics.median(mine[f"run {steps}x256"]) for steps in (2, 8))
+        notes.append(f"a warm run at 256 px, {contestant}: steps^{math.log(many / few, 4):.2f}")
+    return notes
+
+
+def markdown(results: Figures) -> str:
+    bounds = results.get("bounds", {})
+    networks = [["", "lower bound", *CONTESTANTS]]
+    whole = [["", OURS, "ours, plain", DIFFUSERS]]
+    plans = {plan.name: plan for plans in PLANS.values() for plan in plans}
+    for name, figures in results.items():
+        if name in plans:
+            networks += network_rows(plans[name], figures, bounds)
+        elif name not in ("bounds", "machine"):
+            whole += whole_rows(name, figures)
+    missing = {
+        f"{contestant}, {name}: {mine['missing']}"
+        for name, figures in results.items()
+        if name in plans
+        for contestant, mine in figures.items()
+        if mine.get("missing")
+    }
+    lines = []
+    for table in (networks, whole):
+        if len(table) > 1:
+            rows = [table[0], ["---"] * len(table[0]), *table[1:]]
+            lines += ["| " + " | ".join(cells) + " |" for cells in rows] + [""]
+    notes = [*(f"(1) {text}." for text in sorted(missing)), *growth(results)]
+    notes += [f"{dtype}: " + rates_of(bounds, dtype) for dtype in DTYPES if bounds]
+    notes += [f"page faults of a call at 512 px, batch 1, {dtype}: " + faults(results, dtype) for dtype in DTYPES]
+    notes += [f"{name}: {text}" for name, text in results["machine"].items()]
+    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
+
+
+def rates_of(bounds: Figures, dtype: str) -> str:
+    return ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in bounds["rates"][dtype].items())
+
+
+def faults(results: Figures, dtype: str) -> str:
+    figures = results.get(Plan("refiner", "unet", dtype, ("512x1", "512x2")).name, {})
+    counts = {name: mine["512x1"] for name, mine in figures.items() if "missing" not in mine}
+    return ", ".join(f"{name} {statistics.median(t['faults'] for t in turns):,.0f}" for name, turns in counts.items())
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken on, without names or paths."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return {
+        "Machine": f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores, {memory:.0f} GiB of memory",
+        "Versions": ", ".join([f"Python {platform.python_version()}", *found]),
+    }
 
 
 def warm(file: Path) -> None:
@@ -192,55 +374,41 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def machine() -> str:
-    """What the figures were taken on, without names or paths."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores, {memory:.0f} GiB of memory"
-
-
-def versions() -> str:
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
-
-
-def has_gpu() -> bool:
-    code = "import torch; print(torch.cuda.is_available())"
-    return subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"
-
-
-def markdown(rows: list[Row], device: str, gpu: bool) -> str:
-    head = ("", "ours", "diffusers", "ratio", "target", "met")
-    table = [head, ("---",) * len(head), *(row.cells() for row in rows)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
-    notes = [f"Machine: {machine()}.", f"Versions: {versions()}."]
-    notes.append("Medians over turns, of ratios too: ours over diffusers'. The file lies in the page cache.")
-    if device == "cpu" and not gpu:
-        notes.append(
-            "There is no GPU table: no GPU was to be had. `python benchmarks/bench.py --device cuda` makes it."
-        )
-    return "\n".join(["# Ours and diffusers side by side", "", *lines, "", *(f"- {note}" for note in notes), ""])
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the UNet alone")
-    parser.add_argument("--only", action="append", choices=PARTS, help="one part, or several; else all")
-    parser.add_argument("--repeats", type=int, default=0, help="at least so many turns in each part")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=[*PLANS, *WHOLE], help="one part, or several; else all")
+    parser.add_argument("--turns", type=int, default=0, help="in each part; else 5, where calls take minutes fewer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table there")
     a = parser.parse_args()
-    gpu = has_gpu()
-    if a.device == "cuda" and not gpu:
-        say("bench: --device cuda needs a GPU that torch can use, found none")
-        return 2
-    parts = ["unet"] if a.device == "cuda" else a.only or list(PARTS)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(child(TESTS / "full" / "full_file.py").output.splitlines()[-1])
-        child("-c", "import sys, diffusers_refine as d, pathlib; d.write_folder(pathlib.Path(sys.argv[1]))", folder)
-        setting = Setting(file, Path(folder), a.repeats, a.device)
-        rows = [row for part in parts for row in PARTS[part](setting)]
-    text = markdown(rows, a.device, gpu)
+    results: Figures = json.loads(a.json.read_text()) if a.json and a.json.exists() else {}
+    results["machine"] = machine()
+
+    def keep(name: str, figures: Any) -> None:
+        results[name] = figures
+        if a.json:
+            beside = a.json.with_suffix(".part")
+            beside.write_text(json.dumps(results, indent=1))
+            beside.replace(a.json)
+
+    for kind in ("REFINER_1_0", "BASE_1_0"):
+        code = f"import full_file; from sdxl_ref.config import {kind}; print(full_file.full_file({kind}))"
+        folder = Path(child("-c", code)[0]["printed"]).parent
+    child(
+        "-c",
+        "import sys, diffusers_refine as d, pathlib; d.write_folder(pathlib.Path(sys.argv[1]))",
+        folder / "diffusers",
+    )
+    keep("bounds", {what: child(HERE / "lower_bound.py", what)[0] for what in ("operations", "rates")})
+    for part in a.only or [*PLANS, *WHOLE]:
+        for plan in PLANS.get(part, ()):
+            say(plan.name)
+            keep(plan.name, run_plan(plan, folder, a.turns))
+        if part in WHOLE:
+            for what, figures in run_whole(part, folder, a.turns):
+                say(what)
+                keep(what, figures)
+    text = markdown(results)
     print(text)
     if a.out:
         a.out.write_text(text)

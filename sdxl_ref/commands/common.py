@@ -37,11 +37,13 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--variant", help=VARIANT)
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="VAE: always float32")
+    for part, what in (("", "of UNet and text encoders"), ("vae-", "of the VAE, which overflows in float16")):
+        p.add_argument(f"--{part}dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=what)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     p.add_argument(
         "--plain", action="store_true", help="on a CPU: weights in their own order, not its kernels'; slower"
     )
+    p.add_argument("--compile", action="store_true", help="UNet and VAE by torch.compile, instead of packing them")
     p.add_argument("--vae", metavar="MODEL", help="a VAE's file or folder, for the model's own or where it has none")
     p.add_argument("--watermark", action="store_true", help="put the official code's invisible one in")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="put an adapter on; repeatable")
@@ -78,6 +80,11 @@ def seed(text: str) -> int:
         text = str(secrets.randbits(32))
         print(f"seed: {text}")
     return int(text)
+
+
+def dtypes(a: argparse.Namespace) -> dict[str, Any]:
+    """Those of the options, as `from_pretrained` takes them."""
+    return {name: getattr(torch, getattr(a, name)) for name in ("dtype", "vae_dtype")}
 
 
 def pick_device(name: str) -> torch.device:
@@ -189,12 +196,10 @@ def adapter_options() -> Any:
     return adapter_options
 
 
-def pack(pipe: Any, plain: bool) -> bool:
-    """Pack a pipeline's networks for a CPU, unless they are to stay plain; whether they are packed now."""
-    if not plain and pipe.device.type == "cpu":
-        try:
-            pipe.pack()
-            return True
-        except InputError as error:
-            print(f"note: {error}")
-    return False
+def faster(a: argparse.Namespace, device: torch.device) -> Callable[[Any], dict[str, bool]]:
+    """What packs or compiles a pipeline's networks, as the options say: see `sdxl_ref.commands.speed.chosen`."""
+    if a.plain and not a.compile:
+        return lambda pipe: {"packed": False, "compiled": False}
+    from sdxl_ref.commands import speed
+
+    return speed.chosen(a.compile, device)

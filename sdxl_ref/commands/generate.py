@@ -65,10 +65,12 @@ def run(a: argparse.Namespace) -> None:
     files = TextToImagePipeline.open(a.base, a.variant, vae=a.vae), refiner_file
     plans = say_plans(a, files, first, second)
 
-    base, refiner, identities = pipelines(a, files)
+    device = common.pick_device(a.device)
+    make_faster = common.faster(a, device)
+    base, refiner, identities = pipelines(a, files, device)
     pipe = EnsemblePipeline(base, refiner) if refiner is not None else base
     adapters = common.put_on(pipe, a.lora)
-    packed = common.pack(pipe, a.plain)
+    made = make_faster(pipe)
     if a.watermark:
         check_watermark(a.width or base.config.resolution, a.height or base.config.resolution)
     latents = (base if a.two_stage else pipe).run(first)  # (b,4,h,w)
@@ -80,7 +82,7 @@ def run(a: argparse.Namespace) -> None:
     if a.watermark:
         pictures = [embed(picture) for picture in pictures]
 
-    settings = record(a, base, refiner, plans, identities, first, second) | adapters | {"packed": packed}
+    settings = record(a, base, refiner, plans, identities, first, second) | adapters | made
     settings |= common.sampling_settings(first.completed(base.defaults)) | {"size": "{}x{}".format(*pictures[0].size)}
     for seed, path, picture in zip(seeds, outs, pictures, strict=True):
         common.save_picture(picture, path, settings | {"seed": seed})
@@ -97,6 +99,8 @@ def check(a: argparse.Namespace) -> None:
     for name in ("two_stage", *SCORES, *SWITCHES):
         if getattr(a, name) not in (None, False) and a.refiner is None:
             raise InputError(f"--{name.replace('_', '-')} is the refiner's: give --refiner FILE too, or leave it out")
+    if a.compile and a.low_memory:
+        raise InputError("--compile wants all networks in memory, --low-memory does not: give one of them")
     if a.strength is not None and not a.two_stage:
         raise InputError("--strength is that of the second stage: give --two-stage too, or leave it out")
     if a.two_stage and any(getattr(a, name) is not None for name in SWITCHES):
@@ -139,12 +143,11 @@ def say_plans(a: argparse.Namespace, files: Files, first: TextToImageRequest, se
 
 
 def pipelines(
-    a: argparse.Namespace, files: Files
+    a: argparse.Namespace, files: Files, device: torch.device
 ) -> tuple[TextToImagePipeline, ImageToImagePipeline | None, Sequence[dict[str, Any]]]:
     """Open the base, and the refiner where there is one; it decodes by the base's VAE. And what the settings say of
     their files."""
-    device = common.pick_device(a.device)
-    options: dict[str, Any] = {"dtype": getattr(torch, a.dtype), "device": device, "prediction": a.prediction}
+    options: dict[str, Any] = {"device": device, "prediction": a.prediction} | common.dtypes(a)
     if a.low_memory:
         options["offload"] = Offload(device)
     first, second = files
@@ -167,7 +170,7 @@ def record(
     second: ImageToImageRequest,
 ) -> dict[str, Any]:
     """Everything that it takes to make the pictures again but their size, seed and adapters."""
-    own = ("command", "dtype", "watermark", *SHARED, *BASE_ONLY)
+    own = ("command", "dtype", "vae_dtype", "watermark", *SHARED, *BASE_ONLY)
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
     settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
     settings |= identities[0] | {"prediction": base.config.prediction}

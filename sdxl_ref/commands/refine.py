@@ -44,13 +44,14 @@ def run(a: argparse.Namespace) -> None:
     checkpoint = ImageToImagePipeline.open(a.checkpoint, a.variant, vae=a.vae)
     plan = ImageToImagePipeline.plan_for(request, checkpoint.defaults)  # before the weights are read
     settings |= common.sampling_settings(request.completed(checkpoint.defaults))
+    make_faster = common.faster(a, device)
     identities = common.identities(checkpoint)  # later the file may have left the system's cache
-    dtype = getattr(torch, a.dtype)
-    pipe = ImageToImagePipeline.from_pretrained(checkpoint, dtype=dtype, device=device, prediction=a.prediction)
+    dtypes = common.dtypes(a)
+    pipe = ImageToImagePipeline.from_pretrained(checkpoint, **dtypes, device=device, prediction=a.prediction)
     [made_by] = identities()
     common.say_what_runs(checkpoint, a.dtype, device)
     adapters = common.put_on(pipe, a.lora)
-    settings |= {"device": str(device), "packed": common.pack(pipe, a.plain)}
+    settings |= {"device": str(device)} | make_faster(pipe)
     print(f"picture: {photo.width}x{photo.height}, used at {picture.width}x{picture.height}")
     print(f"plan: {plan}", flush=True)
     latents = pipe.run(replace(request, output_type="latent"))  # (1,4,h,w)
@@ -59,7 +60,7 @@ def run(a: argparse.Namespace) -> None:
     if a.watermark:
         refined = watermarks().embed(refined)
 
-    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "watermark")} | adapters
+    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "vae_dtype", "watermark")} | adapters
     settings |= {"image": Path(a.image).name, "image_sha256": photo_sha256, "size": f"{picture.width}x{picture.height}"}
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps, **made_by}
     settings["prediction"] = pipe.config.prediction

@@ -98,6 +98,7 @@ class Pipeline(CallablePipeline):
         variant: str | None = None,
         torch_dtype: Dtype = None,
         dtype: Dtype = None,
+        vae_dtype: Dtype = None,
         device: Any = "cpu",
         prediction: str | None = None,
         offload: "Offload | None" = None,
@@ -110,11 +111,11 @@ class Pipeline(CallablePipeline):
     ) -> Self:
         """Open a file, a folder in diffusers' layout, "pocket", a repository of the hub, or an open checkpoint.
 
-        Weights are float32 unless `dtype` (or `torch_dtype`) says otherwise; the VAE's always, which overflows in
-        float16. `variant` ("fp16") picks files such as `model.fp16.safetensors`. `prediction` ("epsilon" or "v") is
-        what the UNet returns, in place of what the file says. `parts` (`vae=`, `text_encoder_2=`, …) are shared
-        instead of loaded; `vae` may also be the path of one. With `offload`, an `Offload`, each part is read when it
-        works and dropped for the next.
+        Weights are float32 unless `dtype` (or `torch_dtype`) says otherwise; the VAE's, which overflows in float16,
+        at least float32 unless `vae_dtype` does. `variant` ("fp16") picks files such as `model.fp16.safetensors`.
+        `prediction` ("epsilon" or "v") is what the UNet returns, in place of what the file says. `parts` (`vae=`,
+        `text_encoder_2=`, …) are shared instead of loaded; `vae` may also be the path of one. With `offload`, an
+        `Offload`, each part is read when it works and dropped for the next.
         """
         if not use_safetensors:
             raise InputError("only safetensors files are opened, never a pickle: leave use_safetensors=False out")
@@ -138,7 +139,7 @@ class Pipeline(CallablePipeline):
         for part in prefixes(config):
             if part in parts:
                 continue
-            part_dtype = torch.float32 if part == "vae" else dtype
+            part_dtype = vae_dtype or torch.promote_types(dtype, torch.float32) if part == "vae" else dtype
             if offload is None:
                 parts[part] = checkpoint.load(part, part_dtype, device)
             else:

@@ -36,7 +36,10 @@ def settings(pipe: Any, request: Request, watermark: bool) -> dict[str, Any]:
     recorded |= {"seed": seeds(request.generator), "adapters": adapters(pipe), "watermark": watermark}
     plan = pipe.plan(request)
     recorded |= {"plan": str(plan), "sigmas": plan.grid.sigmas.tolist()}
-    recorded |= {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(pipe.device)}
+    dtypes = {"dtype": pipe.dtype, "vae_dtype": next(pipe.vae.parameters()).dtype}
+    recorded |= {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()} | {
+        "device": str(pipe.device)
+    }
     for prefix, model in zip(("", "refiner_"), pipe.models(), strict=False):
         recorded[f"{prefix}prediction"] = model.config.prediction
         recorded[f"{prefix}unconditional"] = model.unconditional(request) if request.guided else "none"

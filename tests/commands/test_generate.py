@@ -188,6 +188,7 @@ BAD = {
     "strength without two stages": (["--refiner", "REFINER", "--strength", "0.5"], "give --two-stage too"),
     "switch of two stages": (["--refiner", "REFINER", "--two-stage", "--switch", "0.5"], "--two-stage has none"),
     "switch over 1": (["--refiner", "REFINER", "--switch", "1.5"], "at most 1, found 1.5"),
+    "compiled in low memory": (["--compile", "--low-memory"], "--compile wants all networks in memory"),
     "two switches": (["--refiner", "REFINER", "--switch", "0.5", "--switch-step", "3"], "give one of them"),
     "no refiner step": (["--refiner", "REFINER", "--switch-sigma", "0.001"], "refiner would run 0 steps"),
     "height": (["--height", "65"], "height must be a multiple of 8, from 8 to 16384, found 65"),

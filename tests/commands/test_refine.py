@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,34 @@ def test_where_weights_cannot_be_packed_the_run_goes_on_plain(
     note = "note: the pipeline cannot be packed: expected a CPU with AVX2 or AVX-512, found one with SVE256"
     assert capsys.readouterr().out.count(note) == 1
     assert settings(here / "out.png")["packed"] is False
+
+
+def test_compiled_networks_paint_the_plain_picture(
+    refine: Refine, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The graph alone: what inductor makes of it takes a minute, and is tested with the networks."""
+    monkeypatch.setattr("sdxl_ref.pipelines.compiled.try_compiler", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_graph))
+    assert refine(out="compiled.png", compile=True, device="cpu") == 0
+    assert "compiling: the first evaluation takes minutes" in capsys.readouterr().out
+    assert refine(out="plain.png", plain=True, device="cpu") == 0
+    ways = [
+        {name: settings(here / file)[name] for name in ("packed", "compiled")} for file in ("compiled.png", "plain.png")
+    ]
+    assert ways == [{"packed": False, "compiled": True}, {"packed": False, "compiled": False}]
+    assert np.abs(pixels(here / "compiled.png").astype(int) - pixels(here / "plain.png")).max() <= 1
+
+
+def compile_graph(module: torch.nn.Module, **options: Any) -> None:
+    module._compiled_call_impl = torch.compile(module._call_impl, **options | {"backend": "eager"})
+
+
+def test_the_dtype_of_the_vae(refine: Refine, here: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert refine(out=f"{dtype}.png", vae_dtype=dtype, device="cpu") == 0
+        assert settings(here / f"{dtype}.png")["vae_dtype"] == dtype
+    difference = np.abs(pixels(here / "float32.png").astype(int) - pixels(here / "bfloat16.png"))
+    assert 0 < difference.max() <= 16
 
 
 def test_same_seed_same_bytes(refine: Refine, here: Path) -> None:
