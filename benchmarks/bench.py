@@ -70,10 +70,8 @@ class Plan(NamedTuple):
 STEADY = (OURS, DIFFUSERS, "OpenVINO")
 EAGER = tuple(name for name in CONTESTANTS if name not in COMPILED)
 PLANS = {
-    "unet": [
-        *(Plan("refiner", "unet", dtype, ("512x1", "512x2"), 5, EAGER, STEADY) for dtype in DTYPES),
-        Plan("refiner", "unet", "bfloat16", ("512x1", "512x2"), 5, (OURS, DIFFUSERS), busy=True),
-    ],
+    "unet": [*(Plan("refiner", "unet", dtype, ("512x1", "512x2"), 5, EAGER, STEADY) for dtype in DTYPES)],
+    "busy": [Plan("refiner", "unet", "bfloat16", ("512x1", "512x2"), 5, (OURS, DIFFUSERS), busy=True)],
     "compiled": [Plan("refiner", "unet", dtype, ("512x2",), 1, (OURS, DIFFUSERS, *COMPILED)) for dtype in DTYPES],
     "sizes": [
         Plan(kind, "unet", dtype, ("256x1", "256x2", *extra, "1024x1", "1024x2"), 1, STEADY)

@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         arguments = parser(words).parse_args(words)
-        module_of("sdxl_ref", arguments.command).run(arguments)
-        return 0
+        return module_of("sdxl_ref", arguments.command).run(arguments) or 0
 
     return run("sdxl-ref", work)
 

@@ -24,7 +24,18 @@ from sdxl_ref.networks.clip_l import CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
-from sdxl_ref.weights import layouts
+from sdxl_ref.parity.peers import (  # noqa: F401  what tests build besides
+    call_diffusers_unet,
+    clip_text_config,
+    diffusers_unet,
+    diffusers_vae,
+    load,
+    transformers_clip,
+    transformers_openclip,
+    translate,
+    unet2d,
+    vae2d,
+)
 from sdxl_ref.weights.checkpoint import build, prefixes
 
 SMALL_REFINER = ModelConfig(
@@ -111,119 +122,6 @@ def small_clip(config: TextEncoderConfig = SMALL_BASE.text_encoders[0], seed: in
 def networks(config: ModelConfig, seed: int = 0) -> dict[str, nn.Module]:
     """Every network of a model, by its part."""
     return {part: randomise(build(part, config), seed) for part in prefixes(config)}
-
-
-def translate(part: layouts.Part, module: nn.Module) -> dict[str, Tensor]:
-    state = module.state_dict()
-    return layouts.to_other(layouts.rules(part, state, getattr(module, "config", None)), state)
-
-
-def load(peer: nn.Module, state: dict[str, Tensor]) -> Any:
-    """Load strictly and give the peer the state's dtype."""
-    peer.load_state_dict(state, strict=True, assign=True)
-    return peer.eval().requires_grad_(False)
-
-
-def diffusers_unet(unet: UNet) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return load(unet2d(unet.config, UNet2DConditionModel), translate("unet", unet))
-
-
-def unet2d(c: UNetConfig, cls: Any) -> Any:
-    levels = range(len(c.channel_mult))
-    widths = tuple(c.model_channels * m for m in c.channel_mult)
-    with torch.device("meta"):
-        return cls(
-            in_channels=c.in_channels,
-            out_channels=c.out_channels,
-            block_out_channels=widths,
-            layers_per_block=c.num_res_blocks,
-            down_block_types=tuple("CrossAttnDownBlock2D" if c.has_attention(i) else "DownBlock2D" for i in levels),
-            up_block_types=tuple("CrossAttnUpBlock2D" if c.has_attention(i) else "UpBlock2D" for i in reversed(levels)),
-            attention_head_dim=tuple(w // c.num_head_channels for w in widths),  # diffusers means the number of heads
-            transformer_layers_per_block=c.transformer_depth,
-            cross_attention_dim=c.context_dim,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=c.adm_in_channels,
-        )
-
-
-def call_diffusers_unet(peer: Any, x: Tensor, t: Tensor, context: Tensor, y: Tensor) -> Tensor:
-    """Our call on diffusers' UNet: `y` is handed in whole, in place of its own embedding of the size numbers."""
-    peer.get_aug_embed = lambda emb, encoder_hidden_states, added_cond_kwargs: peer.add_embedding(y)
-    return peer(x, t, encoder_hidden_states=context, return_dict=False)[0]
-
-
-def diffusers_vae(vae: AutoencoderKL) -> Any:
-    return load(vae2d(vae.config), translate("vae", vae))
-
-
-def vae2d(c: VAEConfig) -> Any:
-    from diffusers import AutoencoderKL as Peer
-
-    levels = len(c.ch_mult)
-    with torch.device("meta"):
-        return Peer(
-            in_channels=c.in_channels,
-            out_channels=c.out_ch,
-            block_out_channels=tuple(c.ch * m for m in c.ch_mult),
-            layers_per_block=c.num_res_blocks,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            latent_channels=c.z_channels,
-            scaling_factor=c.scale_factor,
-            force_upcast=True,
-        )
-
-
-def clip_text_config(c: TextEncoderConfig) -> Any:
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        intermediate_size=4 * c.width,
-        projection_dim=c.embed_dim,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        hidden_act=c.activation,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=0,
-    )
-
-
-def transformers_openclip(encoder: OpenCLIPTextEncoder) -> Any:
-    from transformers import CLIPTextModelWithProjection
-
-    peer = CLIPTextModelWithProjection(clip_text_config(encoder.config))
-    state = {k: v.clone() for k, v in translate("openclip_g", encoder).items()}
-    return load(peer.to(next(iter(state.values())).dtype), state)
-
-
-def transformers_clip(encoder: CLIPTextEncoder) -> Any:
-    """transformers' `CLIPTextModel`, which since version 5 has no `text_model.` in its names."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    c = encoder.config
-    config = CLIPTextConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        intermediate_size=4 * c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        hidden_act=c.activation,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
-    )
-    state = encoder.state_dict()
-    peer = CLIPTextModel(config).to(next(iter(state.values())).dtype)
-    prefixed = all(key.startswith("text_model.") for key in peer.state_dict())
-    return load(peer, {k if prefixed else k.removeprefix("text_model."): v.clone() for k, v in state.items()})
 
 
 def open_clip_text(encoder: OpenCLIPTextEncoder) -> Any:

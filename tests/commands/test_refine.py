@@ -120,6 +120,7 @@ def test_where_weights_cannot_be_packed_the_run_goes_on_plain(
     assert settings(here / "out.png")["packed"] is False
 
 
+@pytest.mark.sweep
 def test_compiled_networks_paint_the_plain_picture(
     refine: Refine, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

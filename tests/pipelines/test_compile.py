@@ -40,7 +40,8 @@ def test_the_unet_is_one_graph_compiled_once_for_a_run(how: dict[str, Any]) -> N
     assert float((compiled - plain).norm() / plain.norm()) <= COMPILED
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.sweep)])  # minutes
+@pytest.mark.sweep
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_networks_are_compiled_once_for_all_sizes(
     backend: str, tiny_refiner_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,94 @@
+"""Two implementations of one network on the same inputs: `parity.compare(reference, candidate, inputs)`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdxl_ref.config import InputError
+from sdxl_ref.networks.clip_l import CLIPTextEncoder
+from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
+from sdxl_ref.networks.unet import UNet
+from sdxl_ref.networks.vae import AutoencoderKL
+from sdxl_ref.parity import peers
+from sdxl_ref.parity.diagnosis import diagnose
+from sdxl_ref.parity.exact import exact
+from sdxl_ref.parity.kit import copy_in, in_layout
+from sdxl_ref.parity.network_runs import Inputs, recorded, replayed
+from sdxl_ref.parity.report import Budget, Report, judge
+from sdxl_ref.parity.trace import Trace
+
+PARTS: dict[type[nn.Module], str] = {
+    UNet: "unet",
+    AutoencoderKL: "vae",
+    CLIPTextEncoder: "text_encoder",
+    OpenCLIPTextEncoder: "text_encoder_2",
+}
+
+
+def compare(
+    reference: nn.Module, candidate: Any, inputs: Inputs, dtype: torch.dtype | None = None, causes: bool = True
+) -> Report:
+    """Where a candidate differs from one of our networks, which module is at fault, and what explains it.
+
+    inputs: those of the network's forward, float32: x, timesteps, context, y of a UNet; tokens of a text tower;
+    pictures (b,3,H,W) in [-1,1] and latents (b,4,h,w) of a VAE, of which either may be None. The candidate is a
+    network with our names; diffusers' or transformers'; or any function of the inputs, whose outputs alone are seen.
+    `dtype` is that in which it computes; None: that of its parameters or of its first output.
+    """
+    part = part_of(reference)
+    names = names_for(candidate, reference, part)
+    dtype = dtype or dtype_of(candidate)
+    theirs = recorded(candidate, part, inputs, dtype, names)
+    if dtype is None:
+        dtype = next(
+            (v.dtype for v in theirs.values.values() if isinstance(v, Tensor) and v.is_floating_point()), torch.float32
+        )
+    with exact(reference):
+        truth = recorded(reference, part, inputs, torch.float32)
+        budget = budget_of(reference, part, inputs, truth, dtype)
+        replay = replayed(reference, part, inputs, theirs, truth)
+    report = judge(replay.checks, replay.inherited, theirs, truth, budget)
+    if causes and report.culprits:
+        report.causes = diagnose(reference, part, inputs, theirs, report, replay.checks, budget)
+    return report
+
+
+def part_of(network: nn.Module) -> str:
+    """InputError for what is none of our networks."""
+    for kind, part in PARTS.items():
+        if isinstance(network, kind):
+            return part
+    raise InputError(f"expected one of our networks as the reference, found {type(network).__name__}")
+
+
+def names_for(candidate: Any, reference: nn.Module, part: str) -> dict[str, str] | None:
+    """The official names of a candidate's modules, by its own; None where it has ours, or none at all."""
+    if not isinstance(candidate, nn.Module):
+        return None
+    own = {name for name, _ in candidate.named_modules()}
+    if len(own & {name for name, _ in reference.named_modules() if name}) > len(own) // 2:
+        return None
+    known = peers.names_of(part, reference)
+    names = {name: official for name, official in known.items() if name in own}
+    return names if len(names) > 3 else None
+
+
+def dtype_of(candidate: Any) -> torch.dtype | None:
+    parameters = candidate.parameters() if isinstance(candidate, nn.Module) else ()
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
+
+
+def budget_of(network: nn.Module, part: str, inputs: Inputs, truth: Trace, dtype: torch.dtype) -> Budget:
+    """Our own rounding in a dtype: of each module alone on its input, and along the run. `network` runs in float64.
+
+    In two layouts, as `kit.rounding`.
+    """
+    budgets = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = copy_in(network, dtype)
+        with in_layout(ours, layout):
+            trace = recorded(ours, part, inputs, dtype)
+        replay = replayed(network, part, inputs, trace, truth)
+        budgets.append(Budget.measured(replay, trace, truth, dtype))
+    return budgets[0].widened(budgets[1])

@@ -1,0 +1,95 @@
+"""Record a run: `with parity.record(pipe, points="unet/**", path="trace.safetensors"):` around any call."""
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl_ref import __version__
+from sdxl_ref.parity.sketch import sketch
+from sdxl_ref.parity.trace import Key, Trace, matches
+from sdxl_ref.parity.watching import watched
+
+
+class Recorder:
+    """Keeps what it is shown of the points of a selection; tensors, or their sketches."""
+
+    def __init__(
+        self,
+        points: Any = "**",
+        sketched: Callable[[Tensor], bool] = lambda tensor: False,
+        keeps: Callable[[Key], bool] = lambda key: True,
+    ) -> None:
+        self.trace = Trace()
+        self.points = points
+        self.sketched = sketched
+        self.keeps = keeps
+        self._chosen: dict[str, bool] = {}  # of each point
+        self._latest: dict[int, tuple[Tensor, int, Key]] = {}  # by id: what is kept of a tensor, at which version
+
+    def enters(self, point: str) -> None:
+        pass
+
+    def leaves(self, point: str) -> None:
+        pass
+
+    def handed(self, key: Key, value: Tensor) -> Tensor:
+        if self._is_chosen(key):
+            tensor, version, known = self._latest.get(id(value), (None, 0, key))
+            if tensor is value and version == value._version:
+                self.trace.same[key] = known
+            else:
+                self._keep(key, value)
+        return value
+
+    def returned(self, key: Key, value: Tensor) -> Tensor:
+        if self._is_chosen(key):
+            self._keep(key, value)
+        return value
+
+    def _is_chosen(self, key: Key) -> bool:
+        if key.point not in self._chosen:
+            self._chosen[key.point] = matches(key.point, self.points)
+        return self._chosen[key.point] and self.keeps(key)
+
+    def _keep(self, key: Key, value: Tensor) -> None:
+        kept = value.detach()
+        self.trace.values[key] = sketch(kept) if self.sketched(kept) else kept.to("cpu", copy=True)
+        version = 0 if value.is_inference() else value._version
+        self._latest[id(value)] = (value, version, key)
+        while len(self._latest) > 8:  # an input is a recent output, and what is held here is not freed
+            self._latest.pop(next(iter(self._latest)))
+
+
+@contextmanager
+def record(
+    pipe: Any, points: Any = "**", path: Path | str | None = None, sketch: bool = False, **settings: Any
+) -> Iterator[Trace]:
+    """Record what a pipeline computes in this block, and write it to `path` when the block ends.
+
+    `points` selects by glob, or by several: see `watching` for the names. `sketch` keeps a count sketch of each tensor
+    instead of the tensor. `settings` go into the trace. The run is the same to the bit.
+    """
+    recorder = Recorder(points, lambda tensor: sketch)
+    recorder.trace.settings |= settings | machine() | models_of(pipe)
+    with watched(pipe, recorder):
+        yield recorder.trace
+    if path is not None:
+        recorder.trace.save(path)
+
+
+def machine() -> dict[str, Any]:
+    versions = {"sdxl_ref": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {"versions": versions, "machine": f"{platform.machine()}, {cpu}", "threads": torch.get_num_threads()}
+
+
+def models_of(pipe: Any) -> dict[str, Any]:
+    """Which files the models are of, in which dtype and where."""
+    models = [model.checkpoint for model in pipe.models() if model.checkpoint is not None]
+    dtypes = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(pipe.device)}
+    return dtypes | {"checkpoints": [{"file": checkpoint.path.name} for checkpoint in models]}

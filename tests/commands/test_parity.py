@@ -1,0 +1,213 @@
+"""`sdxl-ref parity`: a kit, a trace against it, two traces, a live peer; what is printed and written; bad input."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sdxl_ref import ImageToImagePipeline, parity
+from sdxl_ref.cli import main
+from sdxl_ref.parity.sketch import Sketch
+from sdxl_ref.parity.trace import Key, Trace
+
+READERS = Path(parity.__file__).parent / "readers"
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def kit(tiny_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parity") / "kit"
+    assert main(["parity", "kit", "--checkpoint", str(tiny_refiner_file), "--out", str(folder), "--side", "64"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def traces(kit: Path, tiny_refiner_file: Path) -> dict[str, Path]:
+    """Of ours, untouched and with a fault that is written into one module."""
+    paths = {name: kit.parent / f"{name}.safetensors" for name in ("clean", "broken")}
+    pipe = ImageToImagePipeline.from_pretrained(tiny_refiner_file)
+    parity.replay(pipe, kit, paths["clean"])
+    pipe.unet.get_submodule("middle_block.1.norm").eps = 1e-2  # type: ignore[assignment]
+    parity.replay(pipe, kit, paths["broken"])
+    return paths
+
+
+def test_a_kit_is_small_and_whole(kit: Path) -> None:
+    assert {file.name for file in kit.iterdir()} == {"kit.safetensors", "budgets.tsv", "input.png"}
+    assert sum(file.stat().st_size for file in kit.iterdir()) < 30e6
+    trace = Trace.load(kit / "kit.safetensors")
+    lines = [line.split("\t") for line in (kit / "budgets.tsv").read_text().splitlines()]
+    assert [line[0] for line in lines] == [str(key) for key in trace.outputs()]
+    assert all(0 < float(budget) < 1 for _, budget, _ in lines)
+    assert set(trace.settings["budgets"]) == {"float32", "bfloat16", "float16"}
+
+
+def test_a_trace_that_agrees(kit: Path, traces: dict[str, Path], capsys: Capture) -> None:
+    assert main(["parity", "compare", str(traces["clean"]), "--kit", str(kit)]) == 0
+    assert "agrees: " in capsys.readouterr().out
+
+
+def test_a_trace_that_differs(kit: Path, traces: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    out = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert main(["parity", "compare", str(traces["broken"]), "--kit", str(kit), *out]) == 1
+    name = "unet/middle_block.1.norm"
+    assert f"differs at {name}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["verdict"] == "differs"
+    assert report["first"] == name
+    assert report["culprits"] == [name]
+    point = next(point for point in report["points"] if point["name"] == name)
+    assert {"relative_l2", "max_abs", "own", "inherited", "budget", "verdict"} <= set(point)
+    assert point["verdict"] == "fault"
+    assert point["own"] > point["budget"] > point["inherited"] / 8
+    page = (tmp_path / "r.html").read_text()
+    assert name in page
+    assert "http" not in page  # one page, and nothing around it
+
+
+def test_without_the_checkpoint_the_first_point_along_the_run_is_named(
+    kit: Path, traces: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    moved = without_checkpoint(kit, tmp_path)
+    assert main(["parity", "compare", str(traces["broken"]), "--kit", str(moved)]) == 1
+    out = capsys.readouterr().out
+    assert "own and inherited errors are not told apart" in out
+    assert "differs at unet/middle_block.1.norm" in out
+
+
+def without_checkpoint(kit: Path, folder: Path) -> Path:
+    """The kit as it is on another machine."""
+    moved = folder / "kit"
+    shutil.copytree(kit, moved)
+    trace = Trace.load(moved / "kit.safetensors")
+    trace.settings["model"] = str(folder / "gone.safetensors")
+    trace.save(moved / "kit.safetensors")
+    return moved
+
+
+def program(reader: str, folder: Path) -> list[str]:
+    """How a reader is run; built first where it is compiled. Skips, in so many words, where that cannot be."""
+    tool = {"reader.c": "cc", "reader.mjs": "node", "reader.rs": "rustc"}[reader]
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not here: {reader} was not tried")
+    if reader == "reader.mjs":
+        return ["node", str(READERS / reader)]
+    built = folder / f"{reader}.out"
+    options = ["-O1", "-lm"] if tool == "cc" else ["--edition", "2021", "-O"]
+    subprocess.run([tool, str(READERS / reader), "-o", str(built), *options], check=True, capture_output=True)
+    return [str(built)]
+
+
+@pytest.mark.parametrize("reader", ["reader.c", "reader.mjs", "reader.rs"])
+def test_readers_in_other_languages_give_our_verdict(
+    reader: str, kit: Path, traces: dict[str, Path], tmp_path: Path
+) -> None:
+    assert len((READERS / reader).read_text().splitlines()) < 100
+    command = program(reader, tmp_path)
+    moved = without_checkpoint(kit, tmp_path)
+    for name, expected in (("clean", "agrees: "), ("broken", "differs at unet/middle_block.1.norm: ")):
+        ours = main(["parity", "compare", str(traces[name]), "--kit", str(moved)])
+        theirs = subprocess.run([*command, str(kit), str(traces[name])], capture_output=True, text=True)
+        assert theirs.returncode == ours
+        assert theirs.stdout.startswith(expected)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(traces["clean"].read_bytes()[:100])
+    assert subprocess.run([*command, str(kit), str(cut)], capture_output=True).returncode == 2
+
+
+def test_two_traces(traces: dict[str, Path], capsys: Capture) -> None:
+    assert main(["parity", "compare", str(traces["clean"]), str(traces["clean"])]) == 0
+    assert main(["parity", "compare", str(traces["clean"]), str(traces["broken"])]) == 1
+    assert "differs at unet/middle_block.1.norm" in capsys.readouterr().out
+
+
+def test_arrays_with_other_names_and_layout(
+    kit: Path, traces: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    trace = Trace.load(traces["clean"])
+    for key in (Key("unet/middle_block.1"), Key("unet/out.0"), Key("unet")):
+        tensor: Any = trace.tensor(key)
+        np.save(tmp_path / f"mine_{key.point.replace('/', '_')}.npy", tensor.permute(0, 2, 3, 1).numpy())
+    names = {"mine_unet": "unet", "mine_unet_out.0": "unet/out.0", "mine_unet_middle_block.1": "unet/middle_block.1"}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    options = ["--map", str(tmp_path / "names.json"), "--layout", "nhwc", "--all"]
+    assert main(["parity", "compare", str(tmp_path), "--kit", str(kit), *options]) == 0
+    assert "unet/out.0" in capsys.readouterr().out
+
+
+def test_a_run_of_a_command_is_recorded(tiny_refiner_file: Path, photo: Path, tmp_path: Path) -> None:
+    run = ["refine", str(photo), "--prompt", "a cup", "--steps", "4", "--checkpoint", str(tiny_refiner_file)]
+    command = ["parity", "record", "--trace", str(tmp_path / "t.safetensors"), "--points", "sampler/*", "--sketch"]
+    assert main([*command, *run, "--out", str(tmp_path / "a.png")]) == 0
+    assert main([*run, "--out", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "a.png").exists()
+    trace = Trace.load(tmp_path / "t.safetensors")
+    assert trace.points() == ["sampler/0"]
+    assert isinstance(trace.get(Key("sampler/0")), Sketch)
+
+
+def test_a_live_peer_agrees(tiny_refiner_file: Path, capsys: Capture) -> None:
+    assert (
+        main(["parity", "run", "--checkpoint", str(tiny_refiner_file), "--against", "diffusers", "--side", "64"]) == 0
+    )
+    assert "agrees: " in capsys.readouterr().out
+
+
+@pytest.mark.sweep
+def test_a_function_of_ones_own(tiny_refiner_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import copy\n"
+        "def network(part, ours):\n"
+        "    other = copy.deepcopy(ours)\n"
+        "    if part == 'vae':\n"
+        "        other.encoder.mid.attn_1.norm.eps = 1e-3\n"
+        "    if part == 'text_encoder_2':\n"
+        "        raise ValueError('no such tower here')\n"
+        "    return other\n"
+    )
+    command = ["parity", "run", "--checkpoint", str(tiny_refiner_file), "--against", f"{tmp_path / 'mine.py'}:network"]
+    command += ["--side", "64"]
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "differs at vae/encoder.mid.attn_1.norm: as a norm with eps 0.001" in out
+    assert "text_encoder_2: the peer stopped: no such tower here" in out
+
+
+def test_bad_input(kit: Path, traces: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    save_file({"nothing/known": torch.zeros(2)}, tmp_path / "strange.safetensors")
+    save_file({"unet": torch.full((1,), torch.nan)}, tmp_path / "nan.safetensors")
+    save_file({"a name#x": torch.zeros(2)}, tmp_path / "unnamed.safetensors")
+    cases = {
+        ("compare", str(tmp_path / "strange.safetensors"), "--kit", str(kit)): "no point of the kit",
+        ("compare", str(tmp_path / "unnamed.safetensors"), "--kit", str(kit)): "expected a name such as",
+        ("compare", str(tmp_path / "none.safetensors"), "--kit", str(kit)): "is no trace",
+        ("compare", str(traces["clean"]), "--kit", str(tmp_path)): "is no kit",
+        ("compare", str(traces["clean"])): "expected one trace with --kit DIR, or two traces",
+        ("kit", "--checkpoint", "pocket", "--out", str(kit)): "holds a kit: name another folder",
+        ("record", "--trace", str(tmp_path / "t.safetensors"), "info", "pocket"): "expected `refine …` or `generate …`",
+        ("run", "--checkpoint", "pocket-refiner", "--against", "numpy"): "expected diffusers, or FILE.py:function",
+        ("kit", "--checkpoint", "pocket-refiner", "--out", str(tmp_path), "--side", "70"): "must be a multiple of 64",
+    }
+    for words, message in cases.items():
+        assert main(["parity", *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_values_that_are_not_finite_are_a_fault(
+    kit: Path, traces: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    with safe_open(traces["clean"], framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("unet/out.0", "unet")}
+    tensors["unet/out.0"] = tensors["unet/out.0"] * torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    assert main(["parity", "compare", str(tmp_path / "nan.safetensors"), "--kit", str(kit)]) == 1
+    assert "differs at unet/out.0" in capsys.readouterr().out

@@ -1,0 +1,45 @@
+"""The parity lab at full size: every component against diffusers within 12 GB, and a kit of sketches."""
+
+import json
+import sys
+from pathlib import Path
+
+import full_file
+import measure
+import pytest
+
+from sdxl_ref.parity.sketch import Sketch
+from sdxl_ref.parity.trace import Trace
+
+pytestmark = pytest.mark.full
+
+SDXL_REF = str(Path(sys.executable).with_name("sdxl-ref"))
+MEMORY = 12e9  # bytes of anonymous memory: mapped files come and go
+BETWEEN_REFERENCES = {"unet": 1.7e-6, "text": 7.7e-7, "vae": 7.3e-7}  # relative, float32: what two of them are apart
+
+
+@pytest.mark.parametrize("part", BETWEEN_REFERENCES)
+def test_a_component_against_diffusers(part: str, tmp_path: Path) -> None:
+    command = [SDXL_REF, "parity", "run", "--checkpoint", str(full_file.full_file()), "--against", "diffusers"]
+    command += ["--part", part, "--side", "128", "--json", str(tmp_path / "report.json")]
+    measured = measure.measure(command, HF_HUB_OFFLINE="1")
+    report = json.loads((tmp_path / "report.json").read_text())
+    name = {"unet": "unet", "text": "text_encoder_2/ln_final", "vae": "vae/decoded"}[part]
+    output = next(point for point in report["points"] if point["name"] == name)
+    print(f"\n{part}: {len(report['points'])} points, {name} {output['relative_l2']:.1e} from float64's,")
+    print(f"{measured.seconds:.0f} s, {measured.peak_anonymous / 1e9:.2f} GB of anonymous memory")
+    assert report["verdict"] == "agrees"
+    assert output["relative_l2"] <= BETWEEN_REFERENCES[part]
+    assert measured.peak_anonymous <= MEMORY
+
+
+def test_a_kit_of_sketches(tmp_path: Path) -> None:
+    command = [SDXL_REF, "parity", "kit", "--checkpoint", str(full_file.full_file()), "--out", str(tmp_path / "kit")]
+    measured = measure.measure([*command, "--sketch", "--side", "128"])
+    size = sum(file.stat().st_size for file in (tmp_path / "kit").iterdir())
+    trace = Trace.load(tmp_path / "kit" / "kit.safetensors")
+    print(f"\n{len(trace.points())} points, {size / 1e6:.1f} MB, {measured.seconds:.0f} s,", end=" ")
+    print(f"{measured.peak_anonymous / 1e9:.2f} GB of anonymous memory")
+    assert all(isinstance(trace.get(key), Sketch) for key in trace.outputs())
+    assert size <= 50e6
+    assert measured.peak_anonymous <= MEMORY
