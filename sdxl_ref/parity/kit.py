@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from sdxl_ref.config import InputError
 from sdxl_ref.networks.packing import is_without_weights
@@ -216,13 +217,13 @@ def in_dtype(pipe: Any, dtype: torch.dtype, layout: torch.memory_format) -> Iter
 
 @contextmanager
 def in_layout(network: Any, layout: torch.memory_format) -> Iterator[None]:
-    """A network that is handed its maps in a layout in memory, which its own maps then have too."""
+    """A network whose norms are handed their maps in a layout in memory: which of two kernels they go through."""
 
     def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(arg.contiguous(memory_format=layout) if getattr(arg, "ndim", 0) == 4 else arg for arg in args)
 
-    halves = [module for name, module in network.named_children() if name in ("encoder", "decoder")]
-    handles = [module.register_forward_pre_hook(hook) for module in halves or [network]]
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
     try:
         yield
     finally:
