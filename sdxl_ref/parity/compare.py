@@ -39,14 +39,16 @@ def compare(
     part = part_of(reference)
     names = names_for(candidate, reference, part)
     dtype = dtype or dtype_of(candidate)
-    theirs = recorded(candidate, part, inputs, dtype, names)
-    if dtype is None:
-        dtype = next(
-            (v.dtype for v in theirs.values.values() if isinstance(v, Tensor) and v.is_floating_point()), torch.float32
-        )
+    theirs = None
+    if dtype is None:  # of a function: what it returns says so
+        theirs = recorded(candidate, part, inputs, dtype, names)
+        floats = (v.dtype for v in theirs.values.values() if isinstance(v, Tensor) and v.is_floating_point())
+        dtype = next(floats, torch.float32)
     with exact(reference):
         truth = recorded(reference, part, inputs, torch.float32)
         budget = budget_of(reference, part, inputs, truth, dtype)
+    theirs = theirs or recorded(candidate, part, inputs, dtype, names)
+    with exact(reference):
         replay = replayed(reference, part, inputs, theirs, truth)
     report = judge(replay.checks, replay.inherited, theirs, truth, budget)
     if causes and report.culprits:

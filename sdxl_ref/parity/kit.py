@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
 from sdxl_ref.networks.packing import is_without_weights
@@ -246,14 +246,22 @@ def norm_of(value: Any) -> float:
 def kept(trace: Trace, largest: int) -> Trace:
     """A trace in float32, with sketches for all tensors above a size."""
     values: dict[Key, Any] = {}
+    done: dict[int, Any] = {}  # what is one tensor under two names stays one
     for key, value in trace.values.items():
-        if isinstance(value, Sketch):
-            values[key] = value
-        elif key.is_output or value.numel() * 4 <= largest:  # larger inputs are left out
-            small = value.float() if value.is_floating_point() and not is_exact(key) else value
-            values[key] = small if value.numel() * 4 <= largest else sketch_of(value)
+        is_kept = isinstance(value, Sketch) or key.is_output or value.numel() * 4 <= largest  # no larger inputs
+        if is_kept and id(value) not in done:
+            done[id(value)] = smaller(key, value, largest)
+        if is_kept:
+            values[key] = done[id(value)]
     same = {key: other for key, other in trace.same.items() if other in values}
     return Trace(values, same, trace.settings)
+
+
+def smaller(key: Key, value: Tensor | Sketch, largest: int) -> Tensor | Sketch:
+    if isinstance(value, Sketch):
+        return value
+    small = value.float() if value.is_floating_point() and not is_exact(key) else value
+    return small if value.numel() * 4 <= largest else sketch_of(value)
 
 
 def is_exact(key: Key) -> bool:

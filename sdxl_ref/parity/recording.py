@@ -39,17 +39,26 @@ class Recorder:
 
     def handed(self, key: Key, value: Tensor) -> Tensor:
         if self._is_chosen(key):
-            tensor, version, known = self._latest.get(id(value), (None, 0, key))
-            if tensor is value and version == value._version:
-                self.trace.same[key] = known
-            else:
+            known = self._known(value)
+            if known is None:
                 self._keep(key, value)
+            else:
+                self.trace.same[key] = known
         return value
 
     def returned(self, key: Key, value: Tensor) -> Tensor:
         if self._is_chosen(key):
-            self._keep(key, value)
+            known = self._known(value)
+            if known is None or self.trace.get(known) is None:
+                self._keep(key, value)
+            else:  # of a module that returns what its last one did
+                self.trace.values[key] = self.trace.get(known)  # type: ignore[assignment]
         return value
+
+    def _known(self, value: Tensor) -> Key | None:
+        """The key under which these very numbers are kept already."""
+        tensor, version, key = self._latest.get(id(value), (None, 0, None))
+        return key if tensor is value and version == version_of(value) else None
 
     def _is_chosen(self, key: Key) -> bool:
         if key.point not in self._chosen:
@@ -59,10 +68,14 @@ class Recorder:
     def _keep(self, key: Key, value: Tensor) -> None:
         kept = value.detach()
         self.trace.values[key] = sketch(kept) if self.sketched(kept) else kept.to("cpu", copy=True)
-        version = 0 if value.is_inference() else value._version
-        self._latest[id(value)] = (value, version, key)
+        self._latest[id(value)] = (value, version_of(value), key)
         while len(self._latest) > 8:  # an input is a recent output, and what is held here is not freed
             self._latest.pop(next(iter(self._latest)))
+
+
+def version_of(value: Tensor) -> int:
+    """What counts up where a tensor is written to."""
+    return 0 if value.is_inference() else value._version
 
 
 @contextmanager

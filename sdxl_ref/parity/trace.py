@@ -88,14 +88,17 @@ class Trace:
         """Write one safetensors file, never half of one."""
         tensors: dict[str, Tensor] = {}
         sketches: dict[str, Any] = {}
+        seen: set[int] = set()
         for key, value in self.values.items():
             if isinstance(value, Sketch):
-                tensors[f"{key}{SKETCH}"] = value.sums
+                tensors[f"{key}{SKETCH}"] = value.sums.clone()
                 sketches[str(key)] = value.figures
             else:
-                tensors[str(key)] = value.contiguous()
+                is_second = value.data_ptr() in seen  # of a module that returns what its last one did
+                seen.add(value.data_ptr())
+                tensors[str(key)] = value.clone() if is_second else value.contiguous()
         header = {"version": VERSION, "order": [str(key) for key in self.values]}
-        header["same"] = {str(key): str(other) for key, other in self.same.items()}
+        header |= {"same": {str(key): str(other) for key, other in self.same.items()}}
         header |= {"sketches": sketches, "settings": self.settings}
         with replacing(Path(path)) as beside:
             save_file(tensors, beside, {METADATA: json.dumps(header)})
