@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
 from sdxl_ref.networks.clip_l import CLIPTextEncoder
+from sdxl_ref.networks.freed_memory import give_freed_memory_back
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
@@ -14,7 +15,7 @@ from sdxl_ref.parity import peers
 from sdxl_ref.parity.diagnosis import diagnose
 from sdxl_ref.parity.exact import exact
 from sdxl_ref.parity.kit import copy_in, in_layout
-from sdxl_ref.parity.network_runs import Inputs, recorded, replayed
+from sdxl_ref.parity.network_runs import Inputs, recorded, recorded_truth, replayed
 from sdxl_ref.parity.report import Budget, Report, judge
 from sdxl_ref.parity.trace import Trace
 
@@ -45,7 +46,7 @@ def compare(
         floats = (v.dtype for v in theirs.values.values() if isinstance(v, Tensor) and v.is_floating_point())
         dtype = next(floats, torch.float32)
     with exact(reference):
-        truth = recorded(reference, part, inputs, torch.float32)
+        truth = recorded_truth(reference, part, inputs)
         budget = budget_of(reference, part, inputs, truth, dtype)
     theirs = theirs or recorded(candidate, part, inputs, dtype, names)
     with exact(reference):
@@ -93,4 +94,6 @@ def budget_of(network: nn.Module, part: str, inputs: Inputs, truth: Trace, dtype
             trace = recorded(ours, part, inputs, dtype)
         replay = replayed(network, part, inputs, trace, truth)
         budgets.append(Budget.measured(replay, trace, truth, dtype))
+        del replay, trace
+        give_freed_memory_back()  # gigabytes at full size
     return budgets[0].widened(budgets[1])

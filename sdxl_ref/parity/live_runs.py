@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
+from sdxl_ref.networks.freed_memory import give_freed_memory_back
 from sdxl_ref.parity import live
 from sdxl_ref.parity.compare import compare
 from sdxl_ref.parity.kit import Kit, make_kit, request_for, run, side_for
@@ -39,6 +40,7 @@ def run_live(name: str, against: str, component: str | None, dtype: torch.dtype,
     if parts:
         checkpoint = open_checkpoint(name)
         inputs = inputs_of(DiffusionPipeline.from_pretrained(checkpoint, offload=Offload("cpu")), side)
+        give_freed_memory_back()
         for part in parts:
             if part in inputs:
                 add(report, one_network(checkpoint.load(part), part, inputs[part], function, dtype))

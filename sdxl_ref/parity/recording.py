@@ -23,11 +23,13 @@ class Recorder:
         points: Any = "**",
         sketched: Callable[[Tensor], bool] = lambda tensor: False,
         keeps: Callable[[Key], bool] = lambda key: True,
+        widest: torch.dtype = torch.float64,
     ) -> None:
         self.trace = Trace()
         self.points = points
         self.sketched = sketched
         self.keeps = keeps
+        self.widest = widest  # what is wider is kept in it
         self._chosen: dict[str, bool] = {}  # of each point
         self._latest: dict[int, tuple[Tensor, int, Key]] = {}  # by id: what is kept of a tensor, at which version
 
@@ -67,6 +69,8 @@ class Recorder:
 
     def _keep(self, key: Key, value: Tensor) -> None:
         kept = value.detach()
+        if kept.dtype == torch.float64:
+            kept = kept.to(self.widest)
         self.trace.values[key] = sketch(kept) if self.sketched(kept) else kept.to("cpu", copy=True)
         self._latest[id(value)] = (value, version_of(value), key)
         while len(self._latest) > 8:  # an input is a recent output, and what is held here is not freed
