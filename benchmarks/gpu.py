@@ -65,7 +65,7 @@ class Bench:
         config = {"refiner": self.refiner, "base": self.base}[kind]
         made: dict[str, Any] = {}
         for part in prefixes(config):
-            network = build_empty(part, config).to(torch.float32 if part == "vae" else dtype)
+            network = build_empty(part, config).to(dtype)  # the VAE too, as diffusers has it in bfloat16
             network = network.to_empty(device=self.device).eval().requires_grad_(False)
             generator = torch.Generator(self.device).manual_seed(0)
             for name, parameter in network.named_parameters():
@@ -155,7 +155,6 @@ class Bench:
             )
 
         theirs = pairs.diffusers_refiner()
-        theirs.register_to_config(force_upcast=False)
         calls = {"ours": lambda: refine(ours), "diffusers": lambda: refine(theirs)}
         self.row(f"refine, {pixels} px, {steps} steps at strength 0.3, {name_of(dtype)}", calls, 1 if self.small else 3)
         if self.is_over("the ensemble", 60):
