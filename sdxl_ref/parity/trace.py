@@ -96,7 +96,8 @@ class Trace:
             else:
                 is_second = value.data_ptr() in seen  # of a module that returns what its last one did
                 seen.add(value.data_ptr())
-                tensors[str(key)] = value.clone() if is_second else value.contiguous()
+                whole = value.contiguous()
+                tensors[str(key)] = whole.clone() if is_second else whole
         header = {"version": VERSION, "order": [str(key) for key in self.values]}
         header |= {"same": {str(key): str(other) for key, other in self.same.items()}}
         header |= {"sketches": sketches, "settings": self.settings}

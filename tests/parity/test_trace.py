@@ -38,6 +38,7 @@ def test_a_trace_comes_back_from_its_file(tmp_path: Path) -> None:
     assert list(again.values) == list(values)
     assert torch.equal(again.tensor(Key("unet/b", 0, "in.0")), x)  # type: ignore[arg-type]
     assert again.tensor(Key("unet/a", 1)).dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert torch.equal(again.tensor(Key("vae")), turned)  # type: ignore[arg-type]
     kept = again.get(Key("unet"))
     assert isinstance(kept, Sketch)
     assert torch.equal(kept.sums, sketch(x).sums)
