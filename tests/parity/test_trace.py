@@ -28,11 +28,13 @@ def test_what_is_no_key(text: str) -> None:
 
 def test_a_trace_comes_back_from_its_file(tmp_path: Path) -> None:
     x = torch.randn(2, 3, generator=seeded(0))
+    turned = x.t()  # under two names, and not row by row in memory
     values: dict[Key, torch.Tensor | Sketch] = {
         Key("unet/b"): x,
         Key("unet/a", 1): x.bfloat16(),
         Key("unet"): sketch(x),
     }
+    values |= {Key("vae/c"): turned, Key("vae"): turned}
     Trace(values, {Key("unet/b", 0, "in.0"): Key("unet/b")}, {"dtype": "float32"}).save(tmp_path / "t.safetensors")
     again = Trace.load(tmp_path / "t.safetensors")
     assert list(again.values) == list(values)
