@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-sweep test-full test-readme test-wheel lint types format notebooks figures bench
+.PHONY: demo test test-sweep test-full test-readme test-wheel lint types format notebooks figures bench kit
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -59,3 +59,7 @@ figures: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/bench.py
+
+# A realistic run with budgets, for any implementation to check itself against: see README.md.
+kit: .venv/installed
+	$(BIN)/sdxl-ref parity kit --checkpoint pocket-refiner --out kit
