@@ -10,7 +10,9 @@ from pathlib import Path
 import peers
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 
 SIDE = 128  # pixels of the pictures that they paint and learn from; else minutes
@@ -18,7 +20,9 @@ LINE = {"file_name": "cup.png", "text": "a cup of coffee in the style of sks", "
 
 
 def write(folder: Path) -> None:
-    """Both checkpoints, and a folder of training pictures."""
+    """Both checkpoints, a folder of training pictures, and a trace of another implementation: its schedule alone."""
+    sigmas = NoiseSchedule().discretize(10)[-6:].contiguous()  # of a kit's run, which is half of ten steps
+    save_file({"schedule/sigmas": sigmas}, folder / "theirs.safetensors")
     refiner = {"unet": peers.small_unet(), "vae": peers.small_vae(), "text_encoder_2": peers.small_openclip()}
     base = refiner | {"unet": peers.small_unet(peers.SMALL_BASE.unet), "text_encoder": peers.small_clip()}
     for kind, config, networks in (("refiner", peers.SMALL_REFINER, refiner), ("base", peers.SMALL_BASE, base)):
