@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 import pairs  # noqa: E402
 import peers  # noqa: E402
+from lower_bound import of_unet  # noqa: E402
 
 from sdxl_ref import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline  # noqa: E402
 from sdxl_ref.config import BASE_1_0, REFINER_1_0  # noqa: E402
@@ -219,14 +220,8 @@ def unet_calls(
 
 def operations(config: Any, pixels: int) -> int:
     """Of one evaluation of two pictures, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = torch.device("meta")
-    with device, FlopCounterMode(display=False) as counter:
-        unet = build_empty("unet", config)
-        x, context = torch.randn(2, 4, pixels // 8, pixels // 8), torch.randn(2, 77, config.unet.context_dim)
-        unet(x, torch.full((2,), 199), context, torch.randn(2, config.unet.adm_in_channels))
-    return counter.get_total_flops()
+    with torch.device("meta"):
+        return sum(of_unet(build_empty("unet", config), pixels, batch=2).values())
 
 
 def name_of(dtype: torch.dtype) -> str:

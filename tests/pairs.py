@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from sdxl_ref import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref.parity.live import assembled
 from sdxl_ref.weights.checkpoint import build, prefixes
 
 REFINER = peers.TINY_REFINER
@@ -26,7 +27,6 @@ SEEDS = {  # of the weights; both have the same VAE
     "refiner": {"unet": 1, "vae": 2, "text_encoder_2": 3},
     "base": {"unet": 4, "vae": 2, "text_encoder": 5, "text_encoder_2": 6},
 }
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 10, "output_type": "latent"}  # of text-to-image
 
 
@@ -126,20 +126,10 @@ def diffusers_parts(kind: str) -> dict[str, nn.Module]:
 
 
 def diffusers_pipeline(name: str, kind: str, scheduler: str, spacing: str, options: Any, **own: Any) -> Any:
-    import diffusers
-
     is_base = CONFIGS[kind].kind == "base"
-    pipeline = getattr(diffusers, name)(
-        **diffusers_parts(kind),
-        tokenizer=tokenizer("<|endoftext|>") if is_base else None,
-        tokenizer_2=tokenizer(),
-        scheduler=getattr(diffusers, scheduler)(**SCHEDULE, timestep_spacing=spacing, **options),
-        force_zeros_for_empty_prompt=is_base,
-        add_watermarker=False,
-        **own,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    tokenizers = {"tokenizer": tokenizer("<|endoftext|>") if is_base else None, "tokenizer_2": tokenizer()}
+    parts = diffusers_parts(kind) | tokenizers | own
+    return assembled(name, scheduler, {"timestep_spacing": spacing} | options, is_base, **parts)
 
 
 def diffusers_base(

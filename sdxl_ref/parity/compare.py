@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
 from sdxl_ref.networks.clip_l import CLIPTextEncoder
-from sdxl_ref.networks.freed_memory import give_freed_memory_back
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
 from sdxl_ref.parity import peers
 from sdxl_ref.parity.diagnosis import diagnose
 from sdxl_ref.parity.exact import exact
-from sdxl_ref.parity.kit import copy_in, in_layout
+from sdxl_ref.parity.kit import copy_in, in_layout, two_runs
 from sdxl_ref.parity.network_runs import Inputs, recorded, recorded_truth, replayed
 from sdxl_ref.parity.report import Budget, Report, judge
 from sdxl_ref.parity.trace import Trace
@@ -53,7 +52,7 @@ def compare(
         replay = replayed(reference, part, inputs, theirs, truth)
     report = judge(replay.checks, replay.inherited, theirs, truth, budget)
     if causes and report.culprits:
-        report.causes = diagnose(reference, part, inputs, theirs, report, replay.checks, budget)
+        report.causes = diagnose(reference, part, inputs, theirs, report, replay.checks)
     return report
 
 
@@ -83,17 +82,11 @@ def dtype_of(candidate: Any) -> torch.dtype | None:
 
 
 def budget_of(network: nn.Module, part: str, inputs: Inputs, truth: Trace, dtype: torch.dtype) -> Budget:
-    """Our own rounding in a dtype: of each module alone on its input, and along the run. `network` runs in float64.
+    """Our own rounding in a dtype: of each module alone on its input, and along the run. `network` runs in float64."""
 
-    In two layouts, as `kit.rounding`.
-    """
-    budgets = []
-    for layout in (torch.contiguous_format, torch.channels_last):
+    def own(layout: torch.memory_format) -> Trace:
         ours = copy_in(network, dtype)
         with in_layout(ours, layout):
-            trace = recorded(ours, part, inputs, dtype)
-        replay = replayed(network, part, inputs, trace, truth)
-        budgets.append(Budget.measured(replay, trace, truth, dtype))
-        del replay, trace
-        give_freed_memory_back()  # gigabytes at full size
-    return budgets[0].widened(budgets[1])
+            return recorded(ours, part, inputs, dtype)
+
+    return two_runs(own, lambda trace: replayed(network, part, inputs, trace, truth), truth, dtype)

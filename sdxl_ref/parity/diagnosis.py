@@ -12,7 +12,7 @@ from sdxl_ref.parity.exact import exact
 from sdxl_ref.parity.mistakes import MISTAKES, Mistake
 from sdxl_ref.parity.network_runs import replayed
 from sdxl_ref.parity.replay import Check, Replay
-from sdxl_ref.parity.report import Budget, Report
+from sdxl_ref.parity.report import Report
 from sdxl_ref.parity.trace import Trace
 
 MOST = 8  # culprits that are explained
@@ -20,17 +20,11 @@ CLEARLY = 8.0  # times nearer their output, at least: then it is an explanation
 
 
 def diagnose(
-    network: nn.Module,
-    part: str,
-    inputs: Sequence[Tensor],
-    theirs: Trace,
-    report: Report,
-    checks: Sequence[Check],
-    budget: Budget,
+    network: nn.Module, part: str, inputs: Sequence[Tensor], theirs: Trace, report: Report, checks: Sequence[Check]
 ) -> dict[str, str]:
     """For each culprit of a network the mistake that explains it best, in words; culprits without one are left out."""
 
-    def run(own: nn.Module) -> Replay:
+    def run() -> Replay:
         with exact(network):
             return replayed(network, part, inputs, theirs, None)
 
@@ -38,7 +32,7 @@ def diagnose(
 
 
 def explained(
-    part: str, network: nn.Module, run: Callable[[nn.Module], Replay], report: Report, checks: Sequence[Check]
+    part: str, network: nn.Module, run: Callable[[], Replay], report: Report, checks: Sequence[Check]
 ) -> dict[str, str]:
     causes: dict[str, str] = {}
     usual: dict[str, Mistake] = {}  # what explained a culprit before is tried first, and is enough if it explains this
@@ -58,17 +52,21 @@ def explained(
                     break
         if best is not None:
             usual[best[1].text] = best[1]
-            causes[culprit] = f"as {best[1].text}: the distance falls from {before:.1e} to {best[0]:.1e}"
+            causes[culprit] = in_words(best[1].text, before, best[0])
     return causes
 
 
-def distance_with(mistake: Mistake, module: nn.Module, run: Callable[[nn.Module], Replay], culprit: str) -> float:
+def in_words(mistake: str, before: float, after: float) -> str:
+    return f"as {mistake}: the distance falls from {before:.1e} to {after:.1e}"
+
+
+def distance_with(mistake: Mistake, module: nn.Module, run: Callable[[], Replay], culprit: str) -> float:
     """A culprit's own error against ours with a mistake; infinite where that cannot be made there."""
     with planted(module, mistake) as is_planted:
         if not is_planted:
             return math.inf
         try:
-            return worst(run(module).checks, culprit)
+            return worst(run().checks, culprit)
         except (RuntimeError, IndexError, ValueError):  # shapes that the mistake does not fit
             return math.inf
 

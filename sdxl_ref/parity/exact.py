@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdxl_ref.weights.checkpoint import PARTS
+from sdxl_ref.pipelines.packed import networks_of
 
 
 @contextmanager
@@ -46,8 +46,7 @@ def widened(value: Any) -> Any:
 @contextmanager
 def exact_pipeline(pipe: Any) -> Iterator[None]:
     """All networks of a pipeline in float64; what goes from one to the next is float32, as in every run."""
-    networks = {id(n): n for model in pipe.models() for n in (getattr(model, part) for part in PARTS) if n is not None}
     with ExitStack() as stack, torch.no_grad():
-        for network in networks.values():
+        for network in networks_of(pipe.models()):
             stack.enter_context(exact(network))
         yield

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdxl_ref.config import InputError
+from sdxl_ref.networks.freed_memory import give_freed_memory_back
 from sdxl_ref.networks.packing import is_without_weights
 from sdxl_ref.parity.exact import exact_pipeline
 from sdxl_ref.parity.recording import Recorder, machine, models_of
@@ -177,19 +178,39 @@ def run(pipe: Any, kit: Kit, watcher: Watcher) -> None:
 
 
 def rounding(pipe: Any, kit: Kit, truth: Trace, dtype: torch.dtype) -> Budget:
-    """What our own runs in a dtype are off at each point, the module alone and along the run.
+    """What our own runs in a dtype are off at each point, the module alone and along the run."""
 
-    Two runs: channels-last maps go through other kernels, whose rounding is as legitimate, and larger in norms.
-    """
-    budgets = []
-    for layout in (torch.contiguous_format, torch.channels_last):
+    def recorded(layout: torch.memory_format) -> Trace:
         recorder = Recorder(keeps=is_of_kit)
         with in_dtype(pipe, dtype, layout):
             run(pipe, kit, recorder)
+        return recorder.trace
+
+    def replayed(trace: Trace) -> Replay:
+        replay = Replay(trace)
         with exact_pipeline(pipe):
-            replay = Replay(recorder.trace)
             run(pipe, kit, replay)
-        budgets.append(Budget.measured(replay, recorder.trace, truth, dtype))
+        return replay
+
+    return two_runs(recorded, replayed, truth, dtype)
+
+
+def two_runs(
+    recorded: Callable[[torch.memory_format], Trace],
+    replayed: Callable[[Trace], Replay],
+    truth: Trace,
+    dtype: torch.dtype,
+) -> Budget:
+    """What two runs of ours allow together: channels-last maps go through other kernels.
+
+    Their rounding is as legitimate, and larger in norms.
+    """
+    budgets = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        trace = recorded(layout)
+        budgets.append(Budget.measured(replayed(trace), trace, truth, dtype))
+        del trace
+        give_freed_memory_back()  # gigabytes at full size
     return budgets[0].widened(budgets[1])
 
 

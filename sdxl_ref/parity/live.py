@@ -5,7 +5,7 @@ a short run of diffusers' own pipeline on a kit's request.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from sdxl_ref.parity import peers
 from sdxl_ref.parity.kit import SEED, Kit, copy_in
 from sdxl_ref.parity.recording import Recorder
 from sdxl_ref.parity.trace import Key, Trace
-from sdxl_ref.parity.watching import Draws, Watcher, watched_network
+from sdxl_ref.parity.watching import Draws, Show, Watcher, replaced, shown_to, watched_network
 from sdxl_ref.weights.checkpoint import PARTS
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -27,22 +27,26 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 def diffusers_pipeline(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
     """diffusers' pipeline of a model, on our weights."""
-    import diffusers
-
     is_base = pipe.config.kind == "base"
     parts = {part: peer_of(getattr(pipe, part), part, dtype) for part in PARTS if part != "vae"}
     parts["vae"] = getattr(peers, peers.MAKERS["vae"])(copy_in(pipe.vae, dtype))  # it widens float16 by itself
-    cls = diffusers.StableDiffusionXLPipeline if is_base else diffusers.StableDiffusionXLImg2ImgPipeline
+    name = "StableDiffusionXLPipeline" if is_base else "StableDiffusionXLImg2ImgPipeline"
     own = {} if is_base else {"requires_aesthetics_score": True}
-    scheduler: Any = diffusers.EulerDiscreteScheduler
-    made: Any = cls(
+    tokenizers = {"tokenizer": tokenizer("<|endoftext|>") if is_base else None, "tokenizer_2": tokenizer("!")}
+    return assembled(
+        name, "EulerDiscreteScheduler", {"timestep_spacing": "leading"}, is_base, **parts, **tokenizers, **own
+    )
+
+
+def assembled(name: str, scheduler: str, options: Mapping[str, Any], is_base: bool, **parts: Any) -> Any:
+    """diffusers' pipeline of this name, as it ships with SDXL, of given parts; `options` are its scheduler's."""
+    import diffusers
+
+    made = getattr(diffusers, name)(
         **parts,
-        tokenizer=tokenizer("<|endoftext|>") if is_base else None,
-        tokenizer_2=tokenizer("!"),
-        scheduler=scheduler(**SCHEDULE, timestep_spacing="leading"),
+        scheduler=getattr(diffusers, scheduler)(**SCHEDULE, **options),
         force_zeros_for_empty_prompt=is_base,
         add_watermarker=False,
-        **own,
     )
     made.set_progress_bar_config(disable=True)
     return made
@@ -77,12 +81,7 @@ def recorded(peer: Any, pipe: Any, kit: Kit) -> Trace:
 @contextmanager
 def watched_peer(peer: Any, pipe: Any, watcher: Watcher) -> Iterator[None]:
     """Watch a pipeline of diffusers: its networks, its scheduler, what it draws."""
-    counts: dict[str, int] = {}
-
-    def show(point: str, value: Tensor) -> Tensor:
-        counts[point] = counts.get(point, -1) + 1
-        return watcher.returned(Key(point, counts[point]), value)
-
+    show = shown_to(watcher)
     with ExitStack() as stack:
         for part in PARTS:
             network = getattr(pipe, part)
@@ -92,13 +91,13 @@ def watched_peer(peer: Any, pipe: Any, watcher: Watcher) -> Iterator[None]:
                 names = {name: other for name, other in peers.names_of(part, network).items() if name in own}
                 stack.enter_context(watched_network(theirs, part, watcher, names))
         stack.enter_context(Draws(show))
-        stack.enter_context(replaced_step(peer.scheduler, show))
-        stack.enter_context(replaced_encode(peer.vae, show))
+        stack.enter_context(watched_scheduler(peer.scheduler, show))
+        stack.enter_context(watched_encode(peer.vae, show))
         yield
 
 
 @contextmanager
-def replaced_step(scheduler: Any, show: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def watched_scheduler(scheduler: Any, show: Show) -> Iterator[None]:
     """What a step is asked and answers; Euler's x is in sigma space, as ours."""
     step, add_noise = scheduler.step, scheduler.add_noise
     count = 0
@@ -121,15 +120,12 @@ def replaced_step(scheduler: Any, show: Callable[[str, Tensor], Tensor]) -> Iter
         count += 1
         return (output.prev_sample,)
 
-    scheduler.step, scheduler.add_noise = shown, noised
-    try:
+    with replaced(scheduler, "step", shown), replaced(scheduler, "add_noise", noised):
         yield
-    finally:
-        del scheduler.step, scheduler.add_noise
 
 
 @contextmanager
-def replaced_encode(vae: Any, show: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def watched_encode(vae: Any, show: Show) -> Iterator[None]:
     encode = vae.encode
 
     def shown(images: Tensor, *args: Any, **options: Any) -> Any:
@@ -138,11 +134,8 @@ def replaced_encode(vae: Any, show: Callable[[str, Tensor], Tensor]) -> Iterator
         show("posterior/logvar", output.latent_dist.logvar)
         return output
 
-    vae.encode = shown
-    try:
+    with replaced(vae, "encode", shown):
         yield
-    finally:
-        del vae.encode
 
 
 def function_of(text: str) -> Callable[[str, nn.Module], Any]:

@@ -13,6 +13,7 @@ from sdxl_ref.networks.freed_memory import give_freed_memory_back
 from sdxl_ref.parity import live
 from sdxl_ref.parity.compare import compare
 from sdxl_ref.parity.kit import Kit, make_kit, request_for, run, side_for
+from sdxl_ref.parity.network_runs import inputs_from
 from sdxl_ref.parity.pipelines import compare_with_kit
 from sdxl_ref.parity.recording import Recorder
 from sdxl_ref.parity.report import Report
@@ -76,14 +77,8 @@ def inputs_of(pipe: Any, side: int | None) -> dict[str, Sequence[Tensor]]:
         run(pipe, Kit(Trace(settings=settings), Path(folder)), recorder)
     trace = recorder.trace
 
-    def handed(point: str) -> list[Tensor]:
-        keys = (Key(point, 0, f"in.{i}") for i in range(4))
-        return [value for key in keys if (value := trace.tensor(key)) is not None]
-
-    parts = [part for part in PARTS if part != "vae" and getattr(pipe, part) is not None]
-    inputs: dict[str, Sequence[Any]] = {part: handed(part) for part in parts}
-    images, latents = handed("vae/encoder"), handed("vae/post_quant_conv")
-    return inputs | {"vae": [images[0] if images else None, latents[0] if latents else None]}
+    parts = [part for part in PARTS if getattr(pipe, part) is not None]
+    return {part: inputs_from(part, trace.tensor) for part in parts}
 
 
 def whole_run(pipe: Any, dtype: torch.dtype, component: str | None, side: int | None) -> Report:

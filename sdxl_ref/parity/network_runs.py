@@ -1,6 +1,6 @@
 """One network of anybody's, called on given inputs, its modules watched."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,13 @@ from sdxl_ref.parity.trace import Key, Trace
 from sdxl_ref.parity.watching import Watcher, watched_network
 
 Inputs = Sequence[Tensor]
+
+
+def inputs_from(part: str, get: Callable[[Key], Tensor | None]) -> list[Any]:
+    """What the network of a part was handed first, by key: a VAE's picture and latents, of which one may be None."""
+    if part == "vae":
+        return [get(Key(f"vae/{half}", 0, "in.0")) for half in ("encoder", "post_quant_conv")]
+    return [value for i in range(4) if (value := get(Key(part, 0, f"in.{i}"))) is not None]
 
 
 @torch.no_grad()

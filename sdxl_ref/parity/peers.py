@@ -180,7 +180,7 @@ def vae2d(c: VAEConfig) -> Any:
         )
 
 
-def clip_text_config(c: TextEncoderConfig) -> Any:
+def clip_text_config(c: TextEncoderConfig, pad: int = 0) -> Any:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
@@ -193,7 +193,7 @@ def clip_text_config(c: TextEncoderConfig) -> Any:
         hidden_act=c.activation,
         bos_token_id=49406,
         eos_token_id=49407,
-        pad_token_id=0,
+        pad_token_id=pad,
     )
 
 
@@ -207,22 +207,10 @@ def transformers_openclip(encoder: OpenCLIPTextEncoder) -> Any:
 
 def transformers_clip(encoder: CLIPTextEncoder) -> Any:
     """transformers' `CLIPTextModel`, which since version 5 has no `text_model.` in its names."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    c = encoder.config
-    config = CLIPTextConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        intermediate_size=4 * c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        hidden_act=c.activation,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
-    )
     state = encoder.state_dict()
-    peer: Any = CLIPTextModel(config)
+    peer: Any = CLIPTextModel(clip_text_config(encoder.config, pad=49407))
     peer = peer.to(next(iter(state.values())).dtype)
     prefixed = all(key.startswith("text_model.") for key in peer.state_dict())
     return load(peer, {k if prefixed else k.removeprefix("text_model."): v.clone() for k, v in state.items()})

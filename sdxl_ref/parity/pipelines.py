@@ -1,5 +1,6 @@
 """A trace of a whole run against a kit, and a kit's run by any pipeline of ours."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from sdxl_ref.parity import peers
 from sdxl_ref.parity.diagnosis import explained
 from sdxl_ref.parity.exact import exact_pipeline
 from sdxl_ref.parity.kit import Kit, run
-from sdxl_ref.parity.network_runs import replayed
+from sdxl_ref.parity.network_runs import inputs_from, replayed
 from sdxl_ref.parity.recording import Recorder, machine, models_of
 from sdxl_ref.parity.replay import Replay
 from sdxl_ref.parity.report import Report, judge
 from sdxl_ref.parity.steps_between import explain
-from sdxl_ref.parity.trace import Key, Trace
+from sdxl_ref.parity.trace import Trace
 from sdxl_ref.weights.checkpoint import PARTS
 
 
@@ -58,18 +59,10 @@ def causes_of(report: Report, found: Replay, theirs: Trace, kit: Kit, pipe: Any)
     causes = explain(found, pipe, kit.request(pipe).completed(pipe.defaults), report.culprits)
     for part in PARTS:
         network = getattr(pipe, part)
-        points = ("vae/encoder", "vae/post_quant_conv") if part == "vae" else (part,)
-        inputs = [
-            found.roots.get(Key(point, 0, f"in.{i}")) for point in points for i in range(4 if len(points) == 1 else 1)
-        ]
-        if part != "vae":
-            inputs = [value for value in inputs if value is not None]
+        inputs = inputs_from(part, found.roots.get)
         if network is None or not any(value is not None for value in inputs):
             continue
-
-        def again(_: Any, part: str = part, network: Any = network, inputs: Any = inputs) -> Replay:
-            return replayed(network, part, inputs, theirs, None)
-
+        again = partial(replayed, network, part, inputs, theirs, None)
         causes |= explained(part, network, again, report, found.checks)
     return causes
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sdxl_ref.parity.recording import Recorder, machine, models_of
 from sdxl_ref.parity.trace import Trace
-from sdxl_ref.parity.watching import watched
+from sdxl_ref.parity.watching import replaced, watched
 from sdxl_ref.pipelines.calling import CallablePipeline
 
 
@@ -23,10 +23,7 @@ def recorded(command: Any, arguments: argparse.Namespace, path: Path, points: li
                 stack.enter_context(watched(self, recorder))
             return usual(self, *args, **options)
 
-        CallablePipeline.run = run  # type: ignore[method-assign]
-        try:
+        with replaced(CallablePipeline, "run", run):
             command.run(arguments)
-        finally:
-            CallablePipeline.run = usual  # type: ignore[method-assign]
     recorder.trace.save(path)
     return recorder.trace

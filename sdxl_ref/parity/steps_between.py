@@ -13,12 +13,11 @@ from torch import Tensor
 
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.networks.layers import sinusoidal_embedding
+from sdxl_ref.parity.diagnosis import CLEARLY, in_words
 from sdxl_ref.parity.replay import Check, Replay, difference
 from sdxl_ref.parity.trace import Key, matches
 from sdxl_ref.text.conditioning import embed_numbers
 from sdxl_ref.text.tokenizer import tokenize
-
-CLEARLY = 8.0  # times nearer, at least: then it is an explanation
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def explanation(check: Check, known: Known, culprit: str) -> str | None:
         after = difference(theirs, other, torch.float32).relative_l2
         if after * CLEARLY <= before and (best is None or after < best[0]):
             best = after, mistake.text
-    return None if best is None else f"as {best[1]}: the distance falls from {before:.1e} to {best[0]:.1e}"
+    return None if best is None else in_words(best[1], before, best[0])
 
 
 # --- the prompt ---------------------------------------------------------------------------------------------------
@@ -132,15 +131,19 @@ simple(
 simple("conditioning/context", the_two_sides_exchanged=lambda t: t.roll(len(t) // 2, 0))
 
 
-@between("conditioning/*", "zeros on the negative side, where it is the empty prompt")
-def _zeros(ours: Tensor, known: Known, call: int) -> Tensor:
+@between("conditioning/context", "zeros on the negative side, where it is the empty prompt")
+def _zero_context(ours: Tensor, known: Known, call: int) -> Tensor:
     other = ours.clone()
-    other[: len(other) // 2, ..., : pooled_width(known)] = 0
+    other[: len(other) // 2] = 0
     return other
 
 
-def pooled_width(known: Known) -> int:
-    return int(known.pipe.config.text_encoders[-1].embed_dim) if known else 0
+@between("conditioning/y", "zeros on the negative side, where it is the empty prompt")
+@between("conditioning/pooled", "zeros on the negative side, where it is the empty prompt")
+def _zero_pooled(ours: Tensor, known: Known, call: int) -> Tensor:
+    other = ours.clone()
+    other[: len(other) // 2, : known.pipe.config.text_encoders[-1].embed_dim] = 0
+    return other
 
 
 # --- sizes, crops, score ------------------------------------------------------------------------------------------

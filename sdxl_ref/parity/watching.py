@@ -34,6 +34,8 @@ from sdxl_ref.diffusion.denoiser import Conditioning
 from sdxl_ref.parity.trace import Key
 from sdxl_ref.weights.checkpoint import PARTS
 
+Show = Callable[[str, Tensor], Tensor]
+
 
 class Watcher(Protocol):
     def enters(self, point: str) -> None:
@@ -58,6 +60,12 @@ class Calls:
     def next(self, point: str) -> int:
         self.counts[point] = self.counts.get(point, -1) + 1
         return self.counts[point]
+
+
+def shown_to(watcher: Watcher) -> Show:
+    """A function that shows a watcher the values of steps between the modules, and returns those to go on with."""
+    calls = Calls()
+    return lambda point, value: watcher.returned(Key(point, calls.next(point)), value)
 
 
 @contextmanager
@@ -119,11 +127,7 @@ def watched_network(
 @contextmanager
 def watched(pipe: Any, watcher: Watcher) -> Iterator[None]:
     """Watch a pipeline: all its networks, and the steps between them."""
-    calls = Calls()
-
-    def show(point: str, value: Tensor) -> Tensor:
-        return watcher.returned(Key(point, calls.next(point)), value)
-
+    show = shown_to(watcher)
     with ExitStack() as stack:
         seen: set[int] = set()
         for prefix, model in zip(("", "refiner/"), pipe.models(), strict=False):
@@ -133,17 +137,17 @@ def watched(pipe: Any, watcher: Watcher) -> Iterator[None]:
                     seen.add(id(network))
                     stack.enter_context(watched_network(network, prefix + part, watcher))
             stack.enter_context(_watched_model(model, prefix, show))
-        stack.enter_context(_replaced(pipe, "steps", _steps(pipe.steps, pipe, show)))
+        stack.enter_context(replaced(pipe, "steps", _steps(pipe.steps, pipe, show)))
         wrap = pipe.wrap_denoiser
         stack.enter_context(
-            _replaced(pipe, "wrap_denoiser", lambda denoise: _asked(wrap(denoise) if wrap else denoise, show))
+            replaced(pipe, "wrap_denoiser", lambda denoise: _asked(wrap(denoise) if wrap else denoise, show))
         )
         stack.enter_context(Draws(show))
         yield
 
 
 @contextmanager
-def _watched_model(model: Any, prefix: str, show: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def _watched_model(model: Any, prefix: str, show: Show) -> Iterator[None]:
     """What one model does between its networks: tokens go into a tower, and conditioning comes of it."""
     condition, encode, encode_image, sizes = model.condition, model.vae.encode, model.encode_image, model.sizes
 
@@ -164,28 +168,28 @@ def _watched_model(model: Any, prefix: str, show: Callable[[str, Tensor], Tensor
         return type(posterior)(mean, logvar)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(model, "condition", conditioned))
+        stack.enter_context(replaced(model, "condition", conditioned))
         if not prefix:  # the refiner of an ensemble uses the base's
-            stack.enter_context(_replaced(model.vae, "encode", encoded))
+            stack.enter_context(replaced(model.vae, "encode", encoded))
         sampled = lambda *args, **options: show("latents/picture", encode_image(*args, **options))  # noqa: E731
-        stack.enter_context(_replaced(model, "encode_image", sampled))
+        stack.enter_context(replaced(model, "encode_image", sampled))
         yield
 
 
-def _steps(steps: Callable[[Any], Any], pipe: Any, show: Callable[[str, Tensor], Tensor]) -> Callable[[Any], Any]:
+def _steps(steps: Callable[[Any], Any], pipe: Any, show: Show) -> Callable[[Any], Any]:
     def shown(request: Any) -> Any:
         plan = pipe.plan(request)
         sigmas = show("schedule/sigmas", plan.grid.sigmas)
         timesteps = show("schedule/timesteps", torch.tensor(plan.grid.timesteps, dtype=torch.float64))
         grid = replace(plan.grid, sigmas=sigmas, timesteps=tuple(timesteps.tolist()))
-        with _replaced(pipe, "plan", lambda _: plan._replace(grid=grid)):
+        with replaced(pipe, "plan", lambda _: plan._replace(grid=grid)):
             result = yield from _shown_steps(steps(request), show)
         return show("latents" if request.output_type == "latent" else "picture", result)
 
     return shown
 
 
-def _shown_steps(running: Any, show: Callable[[str, Tensor], Tensor]) -> Any:
+def _shown_steps(running: Any, show: Show) -> Any:
     """The steps of a run, each shown; the sampler goes on from what is written into x."""
     for i in count():
         try:
@@ -198,7 +202,7 @@ def _shown_steps(running: Any, show: Callable[[str, Tensor], Tensor]) -> Any:
         yield step
 
 
-def _asked(denoise: Callable[[Tensor, Tensor], Tensor], show: Callable[[str, Tensor], Tensor]) -> Any:
+def _asked(denoise: Callable[[Tensor, Tensor], Tensor], show: Show) -> Any:
     def asked(x: Tensor, sigma: Tensor) -> Tensor:
         return show("denoiser/denoised", denoise(show("denoiser/x", x), show("denoiser/sigma", sigma)))
 
@@ -206,7 +210,7 @@ def _asked(denoise: Callable[[Tensor, Tensor], Tensor], show: Callable[[str, Ten
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Another attribute on one object, which has its own or its class's again afterwards."""
     own = vars(owner).get(name)
     is_own = name in vars(owner)
@@ -223,7 +227,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 class Draws(TorchFunctionMode):
     """Shows what `torch.randn` draws."""
 
-    def __init__(self, show: Callable[[str, Tensor], Tensor]) -> None:
+    def __init__(self, show: Show) -> None:
         super().__init__()
         self.show = show
 
