@@ -22,9 +22,10 @@ demo: .venv/installed
 test: .venv/installed-dev lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
-# Every combination of what `make test` runs a sample of.
+# Every combination of what `make test` runs a sample of; and the parity tests once more on packed networks.
 test-sweep: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m sweep -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest --packed -m 'not full' -n auto --dist loadfile tests/parity
 
 # README's commands as they stand, pasted one after the other into a fresh shell on a fresh clone.
 test-readme:

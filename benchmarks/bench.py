@@ -26,6 +26,8 @@ sys.path[:0] = [str(TESTS), str(TESTS / "full")]
 
 from measure import measure  # noqa: E402
 
+from sdxl_ref.cli import YIELDING  # noqa: E402
+
 PHOTO = HERE.parent / "sdxl_ref" / "data" / "photo.jpg"
 OURS, DIFFUSERS = "ours, packed", "diffusers"
 ALLOCATORS = {  # preloaded, as PyTorch's tuning guide for CPUs has it
@@ -42,6 +44,7 @@ IMPORTS = {
     DIFFUSERS: "from diffusers import StableDiffusionXLImg2ImgPipeline",
 }
 PACKAGES = ("sdxl-ref", "torch", "diffusers", "transformers", "safetensors", "accelerate", "openvino")
+OUR_ENVIRONMENT = dict([YIELDING])  # as the commands set it
 DTYPES = ("bfloat16", "float32")
 BUSY = (
     "import numpy as np; a, b = np.ones(1 << 28), np.ones(1 << 28)\n"  # 4 GB that move, on one core
@@ -119,7 +122,7 @@ def run_plan(plan: Plan, folder: Path, turns: int) -> dict[str, Figures]:
                 command = [HERE / "contestants.py", name, file, folder, plan.part, plan.dtype, *plan.cases]
                 command += ["--calls", 1 if contestant in plan.steady else 3]
                 try:
-                    found, _, _ = child(*command, **ALLOCATORS.get(contestant, {}))
+                    found, _, _ = child(*command, **environment_of(contestant))
                 except RuntimeError as error:
                     results[contestant] = {"missing": reason(error)}
                     say(f"  {contestant}: {results[contestant]['missing']}")
@@ -131,6 +134,10 @@ def run_plan(plan: Plan, folder: Path, turns: int) -> dict[str, Figures]:
                 shown = "  ".join(f"{case} {statistics.median(found[case]['seconds']):.2f}" for case in plan.cases)
                 say(f"  {contestant:<20} {shown}, peak {gb(found['peak'])}")
     return results
+
+
+def environment_of(contestant: str) -> dict[str, str]:
+    return OUR_ENVIRONMENT if contestant.startswith("ours") else ALLOCATORS.get(contestant, {})
 
 
 def reason(error: Exception) -> str:
@@ -232,7 +239,7 @@ def run_whole(part: str, folder: Path, turns: int) -> Iterator[tuple[str, dict[s
 
             def worked(side: str, dtype: str = dtype, runs: tuple[str, ...] = runs) -> Figures:
                 warm(file)
-                found, _, peak = child(HERE / "whole.py", side, file, config, dtype, *runs)
+                found, _, peak = child(HERE / "whole.py", side, file, config, dtype, *runs, **environment_of(side))
                 growth = {f"run {run}": value for run, value in zip(runs[2:], found["seconds"][2:], strict=True)}
                 return {"seconds": found["seconds"][1], "peak": peak} | growth
 

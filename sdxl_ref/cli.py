@@ -22,6 +22,8 @@ from sdxl_ref.config import InputError
 
 COMMANDS = Path(__file__).parent / "commands"
 TITLE = re.compile(r"`[a-z-]+ (?P<name>[a-z-]+)`: (?P<summary>.+)")
+# GNU OpenMP: how long a thread that waits for the others keeps its core from other programs.
+YIELDING = ("GOMP_SPINCOUNT", "10000")
 UNPRINTABLE = re.compile(r"[^ -~\u00a0-\U0010ffff]+")
 
 
@@ -51,6 +53,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.setdefault(*YIELDING)  # before torch is imported
     words = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> int:

@@ -17,9 +17,11 @@ import peers
 import torch
 from torch import Tensor, nn
 
+from sdxl_ref import pack
 from sdxl_ref.config import ModelConfig
 from sdxl_ref.networks.clip_l import CLIPTextEncoder
 from sdxl_ref.networks.openclip_g import OpenCLIPTextEncoder
+from sdxl_ref.networks.packing import why_not
 from sdxl_ref.networks.unet import UNet
 from sdxl_ref.networks.vae import AutoencoderKL
 from sdxl_ref.pipelines import ImageToImagePipeline
@@ -40,7 +42,7 @@ def ours(cls: type[nn.Module], config: Any, state: dict[str, Tensor], tamper: Ta
     network.load_state_dict(state, strict=True)
     network.eval().requires_grad_(False)
     tamper(network)
-    return network
+    return pack(network) if pairs.PACKED and not why_not(network) else network
 
 
 def close(ours: Tensor, theirs: Tensor, bound: float, what: str) -> None:
@@ -159,7 +161,7 @@ def pipeline_reference() -> Tensor:
 
 def check_pipeline(config: ModelConfig = pairs.REFINER, tamper: Tamper = untouched) -> None:
     theirs = pipeline_reference()
-    pipeline = ImageToImagePipeline(config, **pairs.networks("refiner"))
+    pipeline = ImageToImagePipeline(config, **pairs.shared("refiner"))
     tamper(pipeline)
     latents = pipeline(**pairs.request(), generator=pairs.seeded(7)).images
     close(latents, theirs, PIPELINE, "image-to-image latents")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pairs
 import peers
 import pytest
 import torch
@@ -14,6 +15,14 @@ from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 PARITY_FLOOR = 150  # parity tests that a whole run has to pass; an empty or skipped folder must not look green
 USUAL = "not full and not sweep"  # the marks of `make test`, in pyproject.toml
 _passed: set[str] = set()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--packed", action="store_true", help="the parity tests with our networks packed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    pairs.PACKED = config.getoption("--packed")
 
 
 def write_model(folders: pytest.TempPathFactory, name: str, config: ModelConfig) -> Path:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sdxl_ref import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
+from sdxl_ref import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline, pack
 from sdxl_ref.parity.live import assembled
 from sdxl_ref.weights.checkpoint import build, prefixes
 
@@ -27,6 +27,7 @@ SEEDS = {  # of the weights; both have the same VAE
     "refiner": {"unet": 1, "vae": 2, "text_encoder_2": 3},
     "base": {"unet": 4, "vae": 2, "text_encoder": 5, "text_encoder_2": 6},
 }
+PACKED = False  # True by `pytest --packed`: ours work packed wherever a CPU can
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 10, "output_type": "latent"}  # of text-to-image
 
 
@@ -45,12 +46,22 @@ def own_networks(kind: str) -> dict[str, Any]:
     return {part: peers.randomise(build(part, config), seeds[part]) for part in prefixes(config)}
 
 
+@lru_cache
+def packed_networks(kind: str) -> dict[str, Any]:
+    return {part: pack(network) for part, network in networks(kind).items()}
+
+
+def shared(kind: str) -> dict[str, Any]:
+    """As a pipeline of ours has them: packed in a run with `--packed`."""
+    return packed_networks(kind) if PACKED else networks(kind)
+
+
 def refiner(kind: str = "refiner") -> ImageToImagePipeline:
-    return ImageToImagePipeline(CONFIGS[kind], **networks(kind))
+    return ImageToImagePipeline(CONFIGS[kind], **shared(kind))
 
 
 def base(kind: str = "base") -> TextToImagePipeline:
-    return TextToImagePipeline(CONFIGS[kind], **networks(kind))
+    return TextToImagePipeline(CONFIGS[kind], **shared(kind))
 
 
 def ensemble() -> EnsemblePipeline:

@@ -133,9 +133,9 @@ def differences(kept: Any, fresh: Any) -> list[str]:
     return lines
 
 
-def test_all_three_are_there() -> None:
+def test_all_four_are_there() -> None:
     numbers = [path.name[:3] for path in NOTEBOOKS]
-    assert numbers == ["01_", "02_", "03_"]
+    assert numbers == ["01_", "02_", "03_", "04_"]
 
 
 @pytest.mark.sweep

@@ -12,7 +12,7 @@ import torch
 
 from sdxl_ref.commands import common, generate, refine
 from sdxl_ref.config import InputError
-from sdxl_ref.parity import live_runs, tables
+from sdxl_ref.parity import live_runs, report_page, tables
 from sdxl_ref.parity.kit import FILE, Kit, make_kit
 from sdxl_ref.parity.pipelines import compare_with_kit
 from sdxl_ref.parity.recorded_command import recorded
@@ -148,5 +148,5 @@ def finish(report: Report, a: argparse.Namespace, title: str, settings: dict[str
     if a.json is not None:
         write_text(a.json, json.dumps(report.as_json(), indent=1))
     if a.html is not None:
-        write_text(a.html, tables.page(report, title, settings))
+        write_text(a.html, report_page.page(report, title, settings))
     return 0 if report.agrees else 1

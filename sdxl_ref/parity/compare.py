@@ -33,12 +33,16 @@ def compare(
 
     inputs: those of the network's forward, float32: x, timesteps, context, y of a UNet; tokens of a text tower;
     pictures (b,3,H,W) in [-1,1] and latents (b,4,h,w) of a VAE, of which either may be None. The candidate is a
-    network with our names; diffusers' or transformers'; or any function of the inputs, whose outputs alone are seen.
+    network with our names; diffusers', transformers' or open_clip's; or any function of the inputs, or a compiled
+    network, whose outputs alone are seen.
     `dtype` is that in which it computes; None: that of its parameters or of its first output.
     """
     part = part_of(reference)
-    names = names_for(candidate, reference, part)
     dtype = dtype or dtype_of(candidate)
+    if hasattr(candidate, "_orig_mod"):  # of torch.compile: a graph, which is seen from outside
+        graph = candidate
+        candidate = lambda *args: graph(*args)  # noqa: E731
+    names = names_for(candidate, reference, part)
     theirs = None
     if dtype is None:  # of a function: what it returns says so
         theirs = recorded(candidate, part, inputs, dtype, names)
@@ -65,12 +69,13 @@ def part_of(network: nn.Module) -> str:
 
 
 def names_for(candidate: Any, reference: nn.Module, part: str) -> dict[str, str] | None:
-    """The official names of a candidate's modules, by its own; None where it has ours, or none at all."""
-    if not isinstance(candidate, nn.Module):
+    """The official names of a candidate's modules, by its own; None where it is one of ours, or has no modules."""
+    if not isinstance(candidate, nn.Module) or isinstance(candidate, type(reference)):
         return None
     own = {name for name, _ in candidate.named_modules()}
-    if len(own & {name for name, _ in reference.named_modules() if name}) > len(own) // 2:
-        return None
+    ours = own & {name for name, _ in reference.named_modules() if name}
+    if len(ours) > len(own) // 2:
+        return {name: name for name in ours}  # without the root, whose inputs and outputs may be others
     known = peers.names_of(part, reference)
     names = {name: official for name, official in known.items() if name in own}
     return names if len(names) > 3 else None

@@ -1,7 +1,7 @@
 """What explains a difference: each known mistake is made in ours, on their input, and some reproduce their output."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from sdxl_ref.parity.replay import Check, Replay
 from sdxl_ref.parity.report import Report
 from sdxl_ref.parity.trace import Trace
 
-MOST = 8  # culprits that are explained
+MOST_SEARCHED = 8  # culprits for which every mistake is tried
+MOST_TRIED = 64  # and for which those are that explained the others
 CLEARLY = 8.0  # times nearer their output, at least: then it is an explanation
 
 
@@ -35,25 +36,34 @@ def explained(
     part: str, network: nn.Module, run: Callable[[], Replay], report: Report, checks: Sequence[Check]
 ) -> dict[str, str]:
     causes: dict[str, str] = {}
-    usual: dict[str, Mistake] = {}  # what explained a culprit before is tried first, and is enough if it explains this
-    for culprit in [c for c in report.culprits if c == part or c.startswith(f"{part}/")][:MOST]:
+    usual: dict[str, Mistake] = {}  # what explained a culprit is tried first with the next, and is enough if it does
+    searched = 0
+    for culprit in [c for c in report.culprits if c == part or c.startswith(f"{part}/")][:MOST_TRIED]:
         name = culprit.removeprefix(part).removeprefix("/")
         module = network.get_submodule(name)
         before = worst(checks, culprit)
-        best: tuple[float, Mistake] | None = None
-        for mistake in [*usual.values(), *candidates(module, network, name)]:
-            is_usual = mistake.text in usual and best is None
-            if not isinstance(module, mistake.kinds):
-                continue
-            after = distance_with(mistake, module, run, culprit)
-            if after < math.inf and after * CLEARLY <= before and (best is None or after < best[0]):
-                best = after, mistake
-                if is_usual:
-                    break
+        best = nearest(usual.values(), module, run, culprit, before)
+        if best is None and searched < MOST_SEARCHED:
+            searched += 1
+            best = nearest(candidates(module, network, name), module, run, culprit, before)
         if best is not None:
             usual[best[1].text] = best[1]
             causes[culprit] = in_words(best[1].text, before, best[0])
     return causes
+
+
+def nearest(
+    mistakes: Iterable[Mistake], module: nn.Module, run: Callable[[], Replay], culprit: str, before: float
+) -> tuple[float, Mistake] | None:
+    """The mistake that comes nearest to their output, and how near; None where none comes clearly nearer than ours."""
+    best: tuple[float, Mistake] | None = None
+    for mistake in mistakes:
+        if not isinstance(module, mistake.kinds):
+            continue
+        after = distance_with(mistake, module, run, culprit)
+        if after < math.inf and after * CLEARLY <= before and (best is None or after < best[0]):
+            best = after, mistake
+    return best
 
 
 def in_words(mistake: str, before: float, after: float) -> str:

@@ -22,7 +22,7 @@ from sdxl_ref.networks.packing import is_without_weights
 from sdxl_ref.parity.exact import exact_pipeline
 from sdxl_ref.parity.recording import Recorder, machine, models_of
 from sdxl_ref.parity.replay import Replay
-from sdxl_ref.parity.report import DTYPES, Budget
+from sdxl_ref.parity.report import DTYPES, RESULT, Budget
 from sdxl_ref.parity.sketch import Sketch
 from sdxl_ref.parity.sketch import sketch as sketch_of
 from sdxl_ref.parity.trace import Key, Trace
@@ -34,7 +34,7 @@ from sdxl_ref.weights.file_saving import write_text
 FILE = "kit.safetensors"
 PICTURE = "input.png"
 BUDGETS = "budgets.tsv"
-LARGEST = 1 << 16  # bytes of a tensor that a kit keeps; of larger ones a sketch
+LARGEST = 1 << 16  # bytes of a tensor that a kit keeps; of larger ones but the result a sketch
 BLOCK = re.compile(r"(input_blocks|output_blocks)\.\d+|middle_block|out")
 SEED = 0
 REQUEST: dict[str, Any] = {  # sizes that are no square, and no numbers of bfloat16
@@ -109,7 +109,8 @@ def make_kit(
     """Run a pipeline in float64 and in each dtype, and write what a kit is. The folder is made if it is not there.
 
     The picture has `side` pixels a side; None: as the model's training pictures, at most 256. `sketch` keeps sketches
-    of all tensors. `whole_sizes`: sizes that bfloat16 holds, for peers that have them in the networks' dtype.
+    of all tensors but the result. `whole_sizes`: sizes that bfloat16 holds, for peers that have them in the networks'
+    dtype.
     """
     side = side_for(pipe, side)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ def make_kit(
     kit = Kit(Trace(settings=settings), folder)
     largest = 0 if sketch else LARGEST
     with exact_pipeline(pipe):
-        recorder = Recorder(keeps=is_of_kit, sketched=lambda tensor: sketch and 4 * tensor.numel() > largest)
+        recorder = Recorder(keeps=is_of_kit, sketched=lambda key, tensor: sketch and key != RESULT)
         run(pipe, kit, recorder)
     truth = recorder.trace
     say(f"recorded {len(truth.points())} points in float64")
@@ -282,7 +283,7 @@ def smaller(key: Key, value: Tensor | Sketch, largest: int) -> Tensor | Sketch:
     if isinstance(value, Sketch):
         return value
     small = value.float() if value.is_floating_point() and not is_exact(key) else value
-    return small if value.numel() * 4 <= largest else sketch_of(value)
+    return small if value.numel() * 4 <= largest or key == RESULT else sketch_of(value)
 
 
 def is_exact(key: Key) -> bool:

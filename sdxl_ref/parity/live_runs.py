@@ -66,6 +66,7 @@ def add(report: Report, other: Report) -> None:
     report.points += other.points
     report.culprits += other.culprits
     report.causes |= other.causes
+    report.pictures = other.pictures or report.pictures
     report.notes += [note for note in other.notes if "not in it" not in note]  # modules that it has no like of
 
 

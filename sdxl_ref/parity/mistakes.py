@@ -51,7 +51,7 @@ def _with_eps(eps: float) -> Callable[[Any], Forward | None]:
     return plant
 
 
-for _eps in (1e-3, 1e-5, 1e-6, 1e-8, 1e-12, 0.0):
+for _eps in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-12, 0.0):
     mistake(f"a norm with eps {_eps:g}", *NORMS)(_with_eps(_eps))
 
 

@@ -53,6 +53,8 @@ def caller(network: Any, part: str) -> Any:
     kind = type(network).__name__
     if kind == "UNet2DConditionModel":
         return lambda x, t, context, y: call_diffusers_unet(network, x, t, context, y)
+    if kind == "TextTransformer":
+        return lambda tokens: call_openclip_tower(network, tokens)
     if kind.startswith("CLIPTextModel") and hasattr(network, "config") and hasattr(network.config, "hidden_act"):
 
         def tower(tokens: Tensor) -> Any:
@@ -203,6 +205,29 @@ def transformers_openclip(encoder: OpenCLIPTextEncoder) -> Any:
     peer: Any = CLIPTextModelWithProjection(clip_text_config(encoder.config))
     state = {k: v.clone() for k, v in translate("openclip_g", encoder).items()}
     return load(peer.to(next(iter(state.values())).dtype), state)
+
+
+def openclip_tower(encoder: OpenCLIPTextEncoder) -> Any:
+    """open_clip's own `TextTransformer`, whose names are the official ones."""
+    from open_clip.transformer import TextTransformer
+
+    c = encoder.config
+    state = {name: tensor for name, tensor in encoder.state_dict().items() if name != "logit_scale"}
+    peer: Any = TextTransformer(
+        vocab_size=c.vocab_size, width=c.width, heads=c.heads, layers=c.layers, output_dim=c.embed_dim
+    )
+    return load(peer, state)
+
+
+def call_openclip_tower(peer: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Our call on open_clip's tower: the state before the last block, as the official embedder takes it, and pooled."""
+    hidden: list[Tensor] = []
+    hook = peer.transformer.resblocks[-2].register_forward_hook(lambda block, args, output: hidden.append(output))
+    try:
+        pooled = peer(tokens)
+    finally:
+        hook.remove()
+    return hidden[0], pooled
 
 
 def transformers_clip(encoder: CLIPTextEncoder) -> Any:

@@ -13,7 +13,7 @@ from sdxl_ref.pipelines.calling import CallablePipeline
 
 def recorded(command: Any, arguments: argparse.Namespace, path: Path, points: list[str], sketch: bool) -> Trace:
     """Run a command's module, and write the trace of the first pipeline that works."""
-    recorder = Recorder(points, lambda tensor: sketch)
+    recorder = Recorder(points, lambda key, tensor: sketch)
     usual = CallablePipeline.run
     with ExitStack() as stack:
 

@@ -21,7 +21,7 @@ class Recorder:
     def __init__(
         self,
         points: Any = "**",
-        sketched: Callable[[Tensor], bool] = lambda tensor: False,
+        sketched: Callable[[Key, Tensor], bool] = lambda key, tensor: False,
         keeps: Callable[[Key], bool] = lambda key: True,
         widest: torch.dtype = torch.float64,
     ) -> None:
@@ -71,7 +71,7 @@ class Recorder:
         kept = value.detach()
         if kept.dtype == torch.float64:
             kept = kept.to(self.widest)
-        self.trace.values[key] = sketch(kept) if self.sketched(kept) else kept.to("cpu", copy=True)
+        self.trace.values[key] = sketch(kept) if self.sketched(key, kept) else kept.to("cpu", copy=True)
         self._latest[id(value)] = (value, version_of(value), key)
         while len(self._latest) > 8:  # an input is a recent output, and what is held here is not freed
             self._latest.pop(next(iter(self._latest)))
@@ -91,7 +91,7 @@ def record(
     `points` selects by glob, or by several: see `watching` for the names. `sketch` keeps a count sketch of each tensor
     instead of the tensor. `settings` go into the trace. The run is the same to the bit.
     """
-    recorder = Recorder(points, lambda tensor: sketch)
+    recorder = Recorder(points, lambda key, tensor: sketch)
     recorder.trace.settings |= settings | machine() | models_of(pipe)
     with watched(pipe, recorder):
         yield recorder.trace

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sdxl_ref.parity.replay import Check, Difference, Replay, difference, fitted
 from sdxl_ref.parity.sketch import Sketch, sketch
@@ -17,6 +18,7 @@ FACTOR = 8.0  # times our own rounding error: what legitimate rewrites stay unde
 LEAST = 4.0  # units of roundoff that every module may be off, where ours happens to be exact
 BETWEEN = 64.0  # and what is between the networks: several operations in float32, in any order
 NARROW = 8.0  # of those, where their numbers are kept in fewer bits
+RESULT = Key("picture")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,6 +103,7 @@ class Report:
     culprits: list[str] = field(default_factory=list)
     causes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pictures: tuple[Tensor, Tensor] | None = None  # the reference's and theirs, (b,3,H,W) in [0,1]; not in the JSON
 
     @property
     def agrees(self) -> bool:
@@ -159,6 +162,7 @@ def judge(
             row.verdict = "fault"
             report.culprits += [check.point] * (check.point not in report.culprits)
     _along_the_run(rows, off, budget, report)
+    report.pictures = pictures_of(reference, theirs)
     report.points = [row for row in rows.values() if row.own is not None or row.note or row.name in theirs.points()]
     missing = [key.point for key in reference.outputs() if key not in theirs]
     if missing:
@@ -182,6 +186,14 @@ def _along_the_run(rows: dict[str, Point], off: Mapping[Key, float], budget: Bud
                 report.notes.append(
                     f"{key.point} is the first that is off: own and inherited errors cannot be told apart"
                 )
+
+
+def pictures_of(reference: Trace, theirs: Trace) -> tuple[Tensor, Tensor] | None:
+    """The results of two runs, where both are there whole and of one size."""
+    expected, found = reference.tensor(RESULT), theirs.tensor(RESULT)
+    if expected is None or found is None or expected.shape != found.shape or expected.ndim != 4:
+        return None
+    return expected, found
 
 
 def apart_from(value: Any, expected: Any) -> Difference | None:

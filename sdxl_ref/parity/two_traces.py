@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdxl_ref.config import InputError
-from sdxl_ref.parity.report import LEAST, Point, Report, apart_from
+from sdxl_ref.parity.report import LEAST, Point, Report, apart_from, pictures_of
 from sdxl_ref.parity.trace import Key, Trace
 
 GROWTH = 32.0  # times its input's distance: what a module may make of it
@@ -41,6 +41,7 @@ def compare_traces(reference: Trace, candidate: Trace) -> Report:
             report.culprits += [key.point] * (key.point not in report.culprits)
         before = max(before, apart.relative_l2 if math.isfinite(apart.relative_l2) else 0.0)
     report.points = list(rows.values())
+    report.pictures = pictures_of(reference, candidate)
     missing = [key.point for key in reference.outputs() if key not in candidate]
     missing += [key.point for key in candidate.outputs() if key not in reference]
     if missing:

@@ -4,7 +4,8 @@ A `Watcher` sees every value under its key, in the order of completion, and retu
 with: the same, or another implementation's. Nothing of this is left when the block ends, and a run that is only watched
 is the same to the bit.
 
-Besides the modules of the networks (`unet/…`, `vae/…`, `text_encoder/…`, `text_encoder_2/…`) these are the points:
+Besides the modules of the networks (`unet/…`, `vae/…`, `text_encoder/…`, `text_encoder_2/…`), of compiled ones the
+outermost alone, these are the points:
 
     tokens/text_encoder_2             ids (b,77): the negative side first, then the positive one
     conditioning/numbers              sizes, crops, score (b,k), negative side first; pooled, context and y likewise
@@ -105,8 +106,10 @@ def watched_network(
 
         return hook
 
+    stack = ExitStack()
+    compiled: list[str] = []
     for name, module in network.named_modules():
-        if names is not None and name not in names:
+        if (names is not None and name not in names) or name.startswith(tuple(compiled)):
             continue
         official = name if names is None else names[name]
         if official.startswith(":"):  # a result of the whole network
@@ -115,13 +118,36 @@ def watched_network(
             handles.append(module.register_forward_hook(shown))
             continue
         point = f"{part}/{official}" if official else part
+        if is_compiled(module):  # one graph, which has no modules inside
+            compiled.append(f"{name}." if name else "")
+            stack.enter_context(_watched_graph(module, before(point), after(point)))
+            continue
         handles.append(module.register_forward_pre_hook(before(point), with_kwargs=True))
         handles.append(module.register_forward_hook(after(point)))
-    try:
+    with stack:
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it runs as the graph that `Module.compile` makes of it."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+@contextmanager
+def _watched_graph(module: Any, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """A compiled module from outside: hooks on it would be compiled too."""
+    graph = module._compiled_call_impl
+
+    def watched_call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = before(module, args, kwargs)
+        return after(module, args, graph(*args, **kwargs))
+
+    with replaced(module, "_compiled_call_impl", watched_call):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

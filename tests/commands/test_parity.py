@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import opened
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -70,6 +71,30 @@ def test_a_trace_that_differs(kit: Path, traces: dict[str, Path], tmp_path: Path
     page = (tmp_path / "r.html").read_text()
     assert name in page
     assert "http" not in page  # one page, and nothing around it
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(width: int, kit: Path, traces: dict[str, Path], tmp_path: Path) -> None:
+    """A bar for each point, longer than the budget's line where one is at fault; pictures; nothing is cut off."""
+    path = tmp_path / "r.html"
+    assert main(["parity", "compare", str(traces["broken"]), "--kit", str(kit), "--html", str(path)]) == 1
+    with opened(path, width) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("h1").inner_text().endswith(": differs")
+        rows = page.locator(".points tr").count() - 1
+        assert rows == page.locator(".points .bars").count() > 100
+        for kind, is_beyond in (("fault", True), ("ok", False)):
+            row = page.locator(f"tr.{kind} .bars").first
+            bar, line = (row.locator(tag).first.bounding_box() for tag in ("i", "b"))
+            assert (bar["x"] + bar["width"] > line["x"]) is is_beyond
+            assert bar["height"] > 3
+        sizes = page.evaluate("[...document.images].map(image => [image.naturalWidth, image.clientWidth])")
+        assert [natural for natural, _ in sizes] == [64, 64, 64]
+        assert all(100 < shown <= width for _, shown in sizes)
+        assert "times" in page.locator("figcaption").last.inner_text()
+        assert page.locator("svg polyline").bounding_box()["width"] > 200
+        assert page.locator("code").first.inner_text() == "unet/middle_block.1.norm"
+        assert page.screenshot(path=tmp_path / "page.png", full_page=True)
 
 
 def test_without_the_checkpoint_the_first_point_along_the_run_is_named(

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from random import Random
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pairs
@@ -26,6 +26,7 @@ from sdxl_ref.parity.report import Report
 from sdxl_ref.parity.trace import Trace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FOLDERS = TemporaryDirectory(prefix="sdxl-ref-kits-")  # until the process ends
 Fault = Callable[[Any], None]
 
 
@@ -147,8 +148,8 @@ def ours() -> Any:
 @lru_cache
 def kit(dtype: torch.dtype = torch.float32) -> Kit:
     """Of a tiny refiner. diffusers has the sizes in the networks' dtype: in bfloat16 a kit has sizes that it holds."""
-    folder = Path(mkdtemp(prefix="sdxl-ref-kit-"))
     whole = dtype == torch.bfloat16
+    folder = Path(FOLDERS.name) / str(dtype)
     return make_kit(ours(), folder, (dtype,), side=64, whole_sizes=whole, say=lambda text: None)
 
 

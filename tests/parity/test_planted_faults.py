@@ -1,73 +1,63 @@
 """Each fault that an implementation of SDXL is known to have, planted in ours for one test, fails the parity checks.
 
-`FAULTS` names the check that has to catch each; untouched, every check passes (tests beside this one).
+`FAULTS` names the check that has to catch each; untouched, every check passes (tests beside this one). Those of a
+network come from the parity lab's table of mistakes.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import checks
 import pairs
-import peers
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.networks import openclip_g, unet, vae
-from sdxl_ref.networks.layers import sinusoidal_embedding
+from sdxl_ref.parity.mistakes import MISTAKES
 from sdxl_ref.text import conditioning
 from sdxl_ref.text.tokenizer import tokenize
 
 Patch = pytest.MonkeyPatch
 
 
-def set_eps(kind: type[nn.Module], eps: float) -> Callable[[nn.Module], None]:
-    """Give every GroupNorm inside modules of `kind` another eps."""
+def mistaken(text: str, kind: type[nn.Module], inside: type[nn.Module] = nn.Module) -> Callable[[nn.Module], None]:
+    """Plant a mistake of the table in every module of a class (that is inside one of another class)."""
+    [mistake] = [found for found in MISTAKES if found.text == text and kind in found.kinds]
 
     def tamper(network: nn.Module) -> None:
-        inside = [module for owner in network.modules() if isinstance(owner, kind) for module in owner.modules()]
-        norms = [module for module in inside if isinstance(module, nn.GroupNorm)]
-        assert norms
-        for norm in norms:
-            norm.eps = eps
+        owners = [owner for owner in network.modules() if isinstance(owner, inside)]
+        modules = {id(module): module for owner in owners for module in owner.modules() if isinstance(module, kind)}
+        assert modules
+        for module in modules.values():
+            module.forward = mistake.plant(module)  # type: ignore[assignment]
 
     return tamper
 
 
 def transformer_eps(patch: Patch) -> None:
-    checks.check_unet(tamper=set_eps(unet.SpatialTransformer, 1e-5))
+    checks.check_unet(tamper=mistaken("a norm with eps 1e-05", nn.GroupNorm, unet.SpatialTransformer))
 
 
 def resblock_eps(patch: Patch) -> None:
-    checks.check_unet(tamper=set_eps(unet.ResBlock, 1e-6))
+    checks.check_unet(tamper=mistaken("a norm with eps 1e-06", nn.GroupNorm, unet.ResBlock))
 
 
 def vae_eps(patch: Patch) -> None:
-    checks.check_vae(tamper=set_eps(vae.AutoencoderKL, 1e-5))
+    checks.check_vae(tamper=mistaken("a norm with eps 1e-05", nn.GroupNorm))
 
 
 def sin_before_cos(patch: Patch) -> None:
-    def swapped(values: Tensor, dim: int) -> Tensor:
-        return sinusoidal_embedding(values, dim).roll(dim // 2, dims=-1)
-
-    patch.setattr(unet, "sinusoidal_embedding", swapped)
-    checks.check_unet()
+    checks.check_unet(tamper=mistaken("sines before cosines", unet.UNet))
 
 
 def tanh_gelu(patch: Patch) -> None:
-    def forward(self: unet.GEGLU, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate, approximate="tanh")
-
-    patch.setattr(unet.GEGLU, "forward", forward)
-    checks.check_unet()
+    checks.check_unet(tamper=mistaken("gelu in its tanh approximation", unet.GEGLU))
 
 
 def quick_gelu_for_gelu(patch: Patch) -> None:
-    checks.check_openclip(replace(peers.SMALL_REFINER.text_encoders[0], activation="quick_gelu"))
+    checks.check_openclip(tamper=mistaken("quick gelu (x * sigmoid(1.702 x))", nn.GELU))
 
 
 def height_and_width_swapped(patch: Patch) -> None:
@@ -77,10 +67,7 @@ def height_and_width_swapped(patch: Patch) -> None:
 
 
 def ln_final_on_the_context(patch: Patch) -> None:
-    def tamper(encoder: openclip_g.OpenCLIPTextEncoder) -> None:
-        encoder.register_forward_hook(lambda self, args, out: (self.ln_final(out[0]), out[1]))
-
-    checks.check_openclip(tamper=tamper)
+    checks.check_openclip(tamper=mistaken("ln_final on the context", openclip_g.OpenCLIPTextEncoder))
 
 
 def padding_with_end_of_text(patch: Patch) -> None:
@@ -100,8 +87,8 @@ def steps_offset_0(patch: Patch) -> None:
 
 
 def symmetric_padding(patch: Patch) -> None:
-    patch.setattr(vae.Downsample, "forward", lambda self, x: self.conv(F.pad(x, (1, 1, 1, 1))))
-    checks.check_vae()
+    padding = "symmetric padding of one pixel, where the last row and column alone are padded"
+    checks.check_vae(tamper=mistaken(padding, vae.Downsample))
 
 
 def bfloat16_size_embedding(patch: Patch) -> None:
@@ -111,21 +98,12 @@ def bfloat16_size_embedding(patch: Patch) -> None:
 
 
 def q_and_k_exchanged(patch: Patch) -> None:
-    def tamper(network: Any) -> None:
-        attention = network.middle_block[1].transformer_blocks[0].attn1
-        attention.to_q, attention.to_k = attention.to_k, attention.to_q
-
-    checks.check_unet(tamper=tamper)
+    checks.check_unet(tamper=mistaken("q and k exchanged", unet.CrossAttention))
 
 
 def pooled_at_the_last_position(patch: Patch) -> None:
-    def forward(self: openclip_g.OpenCLIPTextEncoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        *blocks, last = self.transformer.get_submodule("resblocks").children()
-        hidden = nn.Sequential(*blocks)(self.token_embedding(tokens) + self.positional_embedding)
-        return hidden, self.ln_final(last(hidden))[:, -1] @ self.text_projection
-
-    patch.setattr(openclip_g.OpenCLIPTextEncoder, "forward", forward)
-    checks.check_openclip()
+    last = "the pooled vector taken at the last position"
+    checks.check_openclip(tamper=mistaken(last, openclip_g.OpenCLIPTextEncoder))
 
 
 FAULTS = {

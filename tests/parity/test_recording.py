@@ -11,6 +11,8 @@ from pairs import seeded
 from sdxl_ref import EnsemblePipeline, parity
 from sdxl_ref.parity.sketch import Sketch
 from sdxl_ref.parity.trace import Key, Trace
+from sdxl_ref.parity.two_traces import compare_traces
+from sdxl_ref.pipelines.compiled import compile_networks
 
 
 def refine(pipe: Any, **changes: Any) -> torch.Tensor:
@@ -31,6 +33,23 @@ def test_the_run_is_the_same_to_the_bit(packed: bool, tiny_refiner_file: Path) -
     assert torch.equal(refine(pipe), usual)  # nothing is left
     assert torch.equal(trace.tensor(Key("picture")), recorded)  # type: ignore[arg-type]
     assert Key("unet/middle_block.1.transformer_blocks.0.attn1.to_q") in trace
+
+
+def test_of_compiled_networks_the_outermost_is_seen(tiny_refiner_file: Path) -> None:
+    """UNet, encoder and decoder are graphs, which have no modules inside; recording is no part of them."""
+    pipe = pairs.ImageToImagePipeline.from_pretrained(tiny_refiner_file)
+    with parity.record(pipe) as plain:
+        refine(pipe)
+    compile_networks([pipe], backend="eager")
+    usual = refine(pipe)
+    with parity.record(pipe) as trace:
+        recorded = refine(pipe)
+    assert torch.equal(recorded, usual)
+    assert {point for point in trace.points() if point.startswith("unet")} == {"unet"}
+    assert {"vae/encoder", "vae/decoder", "vae/quant_conv", "text_encoder_2/ln_final"} <= set(trace.points())
+    report = compare_traces(plain, trace)
+    assert report.culprits == []
+    assert "points are in one of them alone" in report.notes[0]
 
 
 def test_what_a_trace_holds() -> None:
