@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,8 @@ PLANS = {
     ],
 }
 WHOLE = ("import", "open", "warm", "cold")
+PROFILES = "profiles"  # where the time of the UNet goes at batch 2
+PARTS = (*PLANS, *WHOLE, PROFILES)
 
 
 def child(*command: object, **environment: str) -> tuple[Figures, float, int]:
@@ -138,6 +141,29 @@ def run_plan(plan: Plan, folder: Path, turns: int) -> dict[str, Figures]:
 
 def environment_of(contestant: str) -> dict[str, str]:
     return OUR_ENVIRONMENT if contestant.startswith("ours") else ALLOCATORS.get(contestant, {})
+
+
+def run_profiles(folder: Path) -> Iterator[tuple[str, dict[str, Figures]]]:
+    """By contestant the operators of one evaluation: [calls, seconds]."""
+    for dtype in DTYPES:
+        found = {}
+        for contestant in STEADY:
+            command = [HERE / "contestants.py", contestant, folder / "random_refiner.safetensors", folder]
+            command += ["unet", dtype, "512x2", "--profile"]
+            found[contestant] = child(*command, **environment_of(contestant))[0]["512x2"]
+            say(f"  {contestant}")
+        yield f"profile {dtype}", found
+
+
+def profile_lines(name: str, figures: dict[str, Figures]) -> Iterator[str]:
+    """Each contestant's operators beside the others', the longest ones."""
+    yield f"Operators of one evaluation, 512 px, batch 2, {name.removeprefix('profile ')}: calls, seconds."
+    yield ""
+    columns = [[f"{op}: {calls}, {took:.2f} s" for op, (calls, took) in list(f.items())[:8]] for f in figures.values()]
+    rows = [list(figures), ["---"] * len(figures), *map(list, zip_longest(*columns, fillvalue=""))]
+    rows.append([f"all: {sum(took for _, took in f.values()):.2f} s" for f in figures.values()])
+    yield from ("| " + " | ".join(row) + " |" for row in rows)
+    yield ""
 
 
 def reason(error: Exception) -> str:
@@ -311,10 +337,13 @@ def markdown(results: Figures) -> str:
     bounds = results.get("bounds", {})
     networks = [["", "lower bound", *CONTESTANTS]]
     whole = [["", OURS, "ours, plain", DIFFUSERS]]
+    profiles: list[str] = []
     plans = {plan.name: plan for plans in PLANS.values() for plan in plans}
     for name, figures in results.items():
         if name in plans:
             networks += network_rows(plans[name], figures, bounds)
+        elif name.startswith("profile "):
+            profiles += profile_lines(name, figures)
         elif name not in ("bounds", "machine"):
             whole += whole_rows(name, figures)
     missing = {
@@ -324,7 +353,7 @@ def markdown(results: Figures) -> str:
         for contestant, mine in figures.items()
         if mine.get("missing")
     }
-    lines = []
+    lines: list[str] = []
     for table in (networks, whole):
         if len(table) > 1:
             rows = [table[0], ["---"] * len(table[0]), *table[1:]]
@@ -333,7 +362,7 @@ def markdown(results: Figures) -> str:
     notes += [f"{dtype}: " + rates_of(bounds, dtype) for dtype in DTYPES if bounds]
     notes += [f"page faults of a call at 512 px, batch 1, {dtype}: " + faults(results, dtype) for dtype in DTYPES]
     notes += [f"{name}: {text}" for name, text in results["machine"].items()]
-    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
+    return "\n".join([*lines, *profiles, *(f"- {note}" for note in notes), ""])
 
 
 def rates_of(bounds: Figures, dtype: str) -> str:
@@ -381,7 +410,7 @@ def gb(size: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=[*PLANS, *WHOLE], help="one part, or several; else all")
+    parser.add_argument("--only", action="append", choices=PARTS, help="one part, or several; else all")
     parser.add_argument("--turns", type=int, default=0, help="in each part; else 5, where calls take minutes fewer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table there")
@@ -405,14 +434,14 @@ def main() -> int:
         folder / "diffusers",
     )
     keep("bounds", {what: child(HERE / "lower_bound.py", what)[0] for what in ("operations", "rates")})
-    for part in a.only or [*PLANS, *WHOLE]:
+    for part in a.only or PARTS:
         for plan in PLANS.get(part, ()):
             say(plan.name)
             keep(plan.name, run_plan(plan, folder, a.turns))
-        if part in WHOLE:
-            for what, figures in run_whole(part, folder, a.turns):
-                say(what)
-                keep(what, figures)
+        runs = run_whole(part, folder, a.turns) if part in WHOLE else run_profiles(folder) if part == PROFILES else ()
+        for what, figures in runs:
+            say(what)
+            keep(what, figures)
     text = markdown(results)
     print(text)
     if a.out:

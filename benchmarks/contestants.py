@@ -1,11 +1,12 @@
 """One network, opened as one contestant opens it, and its seconds: a fresh process of bench.py's each time.
 
-    contestants.py CONTESTANT FILE FOLDER PART DTYPE CASE … [--calls N]
+    contestants.py CONTESTANT FILE FOLDER PART DTYPE CASE … [--calls N] [--profile]
 
 A case is PIXELSxBATCH of the UNet, PIXELS of a VAE, and the batch of a text tower. Prints one line of JSON: for each
 case the seconds of the first call and of those after it, the page faults of the last one and a short fingerprint of
-the output, and the process's peak of anonymous memory. Everybody gets what a pipeline has in hand: the text's outputs
-and the size numbers.
+the output, and the process's peak of anonymous memory. With --profile it is for each case the operators of one more
+call, the longest first: how often each was called, and its seconds. Everybody gets what a pipeline has in hand: the
+text's outputs and the size numbers.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def main() -> None:
     parser.add_argument("dtype", choices=("float32", "bfloat16"))
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--calls", type=int, default=1)
+    parser.add_argument("--profile", action="store_true")
     a = parser.parse_args()
     with torch.inference_mode():
         run = CONTESTANTS[a.contestant](a)
-        found: dict[str, Any] = {case: measured(run(arguments(a, case)), a.calls) for case in a.cases}
+        read = profiled if a.profile else measured
+        found: dict[str, Any] = {case: read(run(arguments(a, case)), a.calls) for case in a.cases}
     print(json.dumps(found | {"peak": peak_anonymous()}))
 
 
@@ -58,6 +61,19 @@ def measured(call: Call, calls: int) -> dict[str, Any]:
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     fingerprint = [float(out.double().mean()), float(out.double().norm())]
     return {"first": first, "seconds": seconds, "faults": faults, "fingerprint": fingerprint}
+
+
+def profiled(call: Call, calls: int) -> dict[str, tuple[int, float]]:
+    """Of the call after `calls` others: each operator's own time, without that of those it calls."""
+    for _ in range(1 + calls):
+        call()
+    counted = getattr(call, "operators", None)
+    if counted is not None:  # OpenVINO counts by itself
+        return counted()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return {event.key: (event.count, event.self_cpu_time_total / 1e6) for event in events}
 
 
 def peak_anonymous() -> int:
@@ -202,9 +218,21 @@ def openvino(a: argparse.Namespace) -> Callable[[tuple[Tensor, ...]], Call]:
         model = core.read_model(file)
         model.reshape({i: list(tensor.shape) for i, tensor in enumerate(inputs)})
         precision = {"float32": "f32", "bfloat16": "bf16"}[a.dtype]
-        hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, "PERF_COUNT": a.profile}
         request = core.compile_model(model, "CPU", hints).create_infer_request()
-        return lambda: torch.from_numpy(request.infer(inputs)[0])
+
+        def call() -> Tensor:
+            return torch.from_numpy(request.infer(inputs)[0])
+
+        def operators() -> dict[str, tuple[int, float]]:
+            found: dict[str, tuple[int, float]] = {}
+            for node in request.profiling_info:
+                count, total = found.get(node.node_type, (0, 0.0))
+                found[node.node_type] = (count + 1, total + node.real_time.total_seconds())
+            return dict(sorted(found.items(), key=lambda pair: -pair[1][1]))
+
+        call.operators = operators  # type: ignore[attr-defined]
+        return call
 
     return run
 

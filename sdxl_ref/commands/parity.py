@@ -33,6 +33,10 @@ EXAMPLES = """examples:
   two traces:         sdxl-ref parity compare a.safetensors b.safetensors
   a live peer:        sdxl-ref parity run --checkpoint pocket-refiner --against diffusers
   a run, recorded:    sdxl-ref parity record --trace trace.safetensors refine photo.jpg --prompt "a cup" …
+
+columns: `relative` is the distance from the reference's run and `allowed` what rounding adds up to along it; `own` is
+the module's error on its own input and `budget` what rounding explains of that; `inherited` is what our module makes of
+their input. Verdicts: `fault` is beyond its budget, `inherits` beyond what is allowed though not by itself, else `ok`.
 """
 
 
@@ -50,9 +54,16 @@ def arguments(p: argparse.ArgumentParser) -> None:
     record.add_argument("run", nargs=argparse.REMAINDER, metavar="refine|generate …", help="a command as it stands")
     compare = actions.add_parser("compare", help="a trace with a kit, or with another trace")
     compare.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="a file, or a folder of .npy files")
-    compare.add_argument("--kit", type=Path, metavar="DIR")
+    compare.add_argument(
+        "--kit", type=Path, metavar="DIR", help="as `parity kit` wrote it; else two traces are compared"
+    )
     compare.add_argument("--checkpoint", metavar="MODEL", help="the kit's own; else it is looked for by its name")
-    compare.add_argument("--map", type=Path, metavar="FILE.json", help="their names of points -> official ones")
+    compare.add_argument(
+        "--map",
+        type=Path,
+        metavar="FILE.json",
+        help='their names of points -> official ones: {"mid_norm": "unet/middle_block.1.norm"}',
+    )
     compare.add_argument("--layout", choices=("nchw", "nhwc"), default="nchw", help="of their maps")
     live = actions.add_parser("run", help="a live peer beside ours")
     live.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL)

@@ -309,6 +309,8 @@ def reordered_matrix(weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """With a matrix from `reordered_matrix`."""
     check_inference(x, bias)
+    if x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"expected {weight.shape[1]} features, found an input of {tuple(x.shape)}")
     return ops._linear_pointwise(x, weight, dense(bias), "none", [], "")
 
 

@@ -61,6 +61,7 @@ class Kit:
     def open(cls, folder: Path | str) -> "Kit":
         """InputError unless there is a whole kit of this version."""
         path = Path(folder)
+        path = path.parent if path.name == FILE else path
         if not (path / FILE).is_file():
             raise InputError(f"{folder} is no kit: expected a folder with {FILE}, as `sdxl-ref parity kit` writes it")
         kit = cls(Trace.load(path / FILE), path)

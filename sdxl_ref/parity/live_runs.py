@@ -67,7 +67,9 @@ def add(report: Report, other: Report) -> None:
     report.culprits += other.culprits
     report.causes |= other.causes
     report.pictures = other.pictures or report.pictures
-    report.notes += [note for note in other.notes if "not in it" not in note]  # modules that it has no like of
+    report.notes += [
+        note for note in other.notes if "are not in the trace" not in note
+    ]  # modules that it has no like of
 
 
 def inputs_of(pipe: Any, side: int | None) -> dict[str, Sequence[Tensor]]:

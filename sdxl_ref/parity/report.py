@@ -81,16 +81,22 @@ def least(point: str, dtype: torch.dtype, run: torch.dtype) -> float:
 
 @dataclass
 class Point:
-    """A row of the table; of several calls the worst. Names of the fields are those of the JSON."""
+    """A row of the table; of several calls the worst. Names of the fields are those of the JSON.
+
+    `verdict`: "ok"; "fault" for an error of its own beyond `budget` (or, where that is not known, for the first that
+    is beyond `allowed`); "inherits" for the others that are beyond `allowed`.
+    """
 
     name: str
+    call: int = 0  # whose figures they are: 2 is the third evaluation
     relative_l2: float = 0.0  # from the reference's run
+    allowed: float = 0.0  # for that: what rounding adds up to along the run
     max_abs: float = 0.0
     cosine: float = 1.0
     ulp: float = 0.0
     own: float | None = None  # of the module alone, on their input
     inherited: float | None = None  # of our module on their input
-    budget: float = 0.0  # for `own` where that is known, else for `relative_l2`
+    budget: float = 0.0  # for `own`; where that is not known, `allowed`
     verdict: str = "ok"
     note: str = ""
 
@@ -142,13 +148,15 @@ def judge(
             continue
         apart = apart_from(value, expected)
         off[key] = math.inf if apart is None else apart.relative_l2
+        limit = budget.of_run(key)
         if apart is None:
             row.note = "of another shape"
         elif not math.isfinite(apart.relative_l2):
             row.note = "not finite"
             row.relative_l2 = row.max_abs = math.inf
-        elif apart.relative_l2 >= row.relative_l2:
+        elif not row.allowed or apart.relative_l2 / limit > row.relative_l2 / row.allowed:
             row.relative_l2, row.max_abs, row.cosine, row.ulp = apart
+            row.call, row.allowed = key.call, limit
         if key in inherited:
             row.inherited = max(row.inherited or 0.0, inherited[key])
     for check in checks:
@@ -159,6 +167,8 @@ def judge(
             row.own, row.budget = error, limit
         row.note = row.note or check.note
         if not error <= limit:  # NaN is no agreement
+            if row.verdict != "fault":
+                row.call = check.key.call
             row.verdict = "fault"
             report.culprits += [check.point] * (check.point not in report.culprits)
     _along_the_run(rows, off, budget, report)
@@ -166,8 +176,13 @@ def judge(
     report.points = [row for row in rows.values() if row.own is not None or row.note or row.name in theirs.points()]
     missing = [key.point for key in reference.outputs() if key not in theirs]
     if missing:
-        report.notes.append(f"{len(set(missing))} points are not in it, such as {missing[0]}")
+        report.notes.append(missing_points(missing, "the trace"))
     return report
+
+
+def missing_points(points: list[str], where: str) -> str:
+    points = list(dict.fromkeys(points))
+    return f"{len(points)} points are not in {where}: {', '.join(points[:3])}{', …' * (len(points) > 3)}"
 
 
 def _along_the_run(rows: dict[str, Point], off: Mapping[Key, float], budget: Budget, report: Report) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sdxl_ref.parity.report import Point, Report
-from sdxl_ref.parity.tables import number
+from sdxl_ref.parity.tables import COLUMNS, name_of, number
 from sdxl_ref.pictures.images import from_tensor
 
 DECADES = (-5, 3)  # of the bars' axis: powers of ten, times the budget
@@ -67,12 +67,13 @@ def sections(report: Report, title: str, settings: dict[str, Any] | None) -> Ite
 
 
 def points(report: Report) -> str:
-    names = ("point", "own and inherited, over the budget", "relative L2", "own", "inherited", "budget", "verdict")
+    names = ("point", "own and inherited, over the budget", *COLUMNS, "verdict")
     head = "".join(f"<th>{name}</th>" for name in names)
+    tenth = 10 ** ((DECADES[1] - DECADES[0]) / 10)
     told = (
-        "In order of execution. The upper bar is a module's own error (where it is not known, the whole distance), the "
-        "lower one what it inherits; the line is the budget, what rounding explains, and each tenth of the width a "
-        f"factor of {10 ** ((DECADES[1] - DECADES[0]) / 10):.1f}."
+        "In order of execution, of several calls the worst (#2: the third). The upper bar is a module's own error, "
+        "or where that is not known the whole distance; the lower one is what it inherits. The line is the budget, "
+        f"what rounding explains, and each tenth of the width a factor of {tenth:.1f}."
     )
     rows = "".join(map(row, report.points))
     return f'<h2>Points</h2><p>{told}</p><div class="scroll"><table class="points"><tr>{head}</tr>{rows}</table></div>'
@@ -85,10 +86,10 @@ def row(point: Point) -> str:
         for value in (error, point.inherited)
     )
     line = f'<b style="left:{share(point.budget, point.budget):.1f}%"></b>'
-    figures = (point.relative_l2, point.own, point.inherited, point.budget)
+    figures = (point.relative_l2, point.allowed, point.own, point.budget, point.inherited)
     cells = "".join(f"<td>{number(value)}</td>" for value in figures)
     verdict = f"{point.verdict}{': ' * bool(point.note)}{html.escape(point.note)}"
-    name = html.escape(point.name)
+    name = html.escape(name_of(point))
     drawn = f'<td class="bars">{bars}{line}</td>'
     return f'<tr class="{point.verdict}"><td>{name}</td>{drawn}{cells}<td>{verdict}</td></tr>'
 

@@ -7,10 +7,16 @@ from pathlib import Path
 import full_file
 import measure
 import pytest
+import torch
+from pairs import seeded
+from torch import Tensor
 
+from sdxl_ref.parity.network_runs import recorded
 from sdxl_ref.parity.report import RESULT
-from sdxl_ref.parity.sketch import Sketch
+from sdxl_ref.parity.sketch import Sketch, distance, sketch
 from sdxl_ref.parity.trace import Trace
+from sdxl_ref.text.tokenizer import tokenize
+from sdxl_ref.weights.opening import open_checkpoint
 
 pytestmark = pytest.mark.full
 
@@ -44,3 +50,34 @@ def test_a_kit_of_sketches(tmp_path: Path) -> None:
     assert all(isinstance(trace.get(key), Sketch) for key in trace.outputs() if key != RESULT)
     assert size <= 50e6
     assert measured.peak_anonymous <= MEMORY
+
+
+def inputs(part: str) -> tuple[Tensor, ...]:
+    """Of a network of the refiner's: latents of 16x20, pictures of 128x160."""
+    if part == "text_encoder_2":
+        return (tokenize(["blurry", "a cup of coffee on a wooden table"], pad="zero"),)
+    if part == "vae":
+        return torch.rand(1, 3, 128, 160, generator=seeded(0)) * 2 - 1, torch.randn(1, 4, 16, 20, generator=seeded(1))
+    x, context, y = (torch.randn(2, *size, generator=seeded(2)) for size in ((4, 16, 20), (77, 1280), (2560,)))
+    return x, torch.tensor([199.0, 199.0]), context, y
+
+
+@torch.no_grad()
+def test_sketches_tell_distances_within_a_tenth() -> None:
+    """At every point of each network: how far a run in bfloat16 is off, from two sketches and from the tensors."""
+    ratios = []
+    for part in ("text_encoder_2", "vae", "unet"):
+        network = open_checkpoint(full_file.full_file()).load(part)
+        whole = recorded(network, part, inputs(part), None)
+        rough = recorded(network.to(torch.bfloat16), part, inputs(part), torch.bfloat16)
+        for key in whole.outputs():
+            a, b = whole.tensor(key), rough.tensor(key)
+            assert a is not None
+            assert b is not None
+            gap = float((a - b.float()).double().norm())
+            if gap:
+                ratios.append(distance(sketch(a), sketch(b)) / gap)
+    farthest = max(abs(ratio - 1) for ratio in ratios)
+    print(f"\n{len(ratios)} points, farthest {farthest:.1%}, deviation {torch.tensor(ratios).std():.1%}")
+    assert len(ratios) > 2000
+    assert farthest < 0.1

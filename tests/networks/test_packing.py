@@ -418,6 +418,12 @@ def test_what_needs_plain_weights_names_the_way_back(name: str) -> None:
         call(pack(network_of("unet")))
 
 
+def test_inputs_of_another_width_say_so() -> None:
+    layer = pack(nn.Sequential(nn.Linear(8, 4)).requires_grad_(False))
+    with pytest.raises(RuntimeError, match=r"expected 8 features, found an input of \(2, 9\)"):
+        layer(torch.zeros(2, 9))
+
+
 def test_gradients_are_refused() -> None:
     packed = pack(network_of("CLIP-L"))
     layer = packed.get_submodule("text_model.encoder.layers.0.mlp.fc1")
