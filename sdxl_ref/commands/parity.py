@@ -17,7 +17,7 @@ from sdxl_ref.parity.kit import FILE, Kit, make_kit
 from sdxl_ref.parity.pipelines import compare_with_kit
 from sdxl_ref.parity.recorded_command import recorded
 from sdxl_ref.parity.report import Report
-from sdxl_ref.parity.trace import Trace
+from sdxl_ref.parity.trace import Key, Trace
 from sdxl_ref.parity.two_traces import compare_traces
 from sdxl_ref.pipelines import DiffusionPipeline
 from sdxl_ref.weights.file_saving import write_text
@@ -25,6 +25,7 @@ from sdxl_ref.weights.offload import Offload
 from sdxl_ref.weights.opening import open_checkpoint
 
 COMPONENTS = ("unet", "vae", "text", "sampler", "pipeline")
+DTYPES = ("float32", "bfloat16", "float16")
 LARGE = 2e9  # bytes of files
 MODEL = "file, folder, repository of the hub, or pocket"
 EXAMPLES = """examples:
@@ -64,12 +65,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help='their names of points -> official ones: {"mid_norm": "unet/middle_block.1.norm"}',
     )
+    compare.add_argument("--dtype", choices=DTYPES, help="in which theirs computed; else what their numbers need")
     compare.add_argument("--layout", choices=("nchw", "nhwc"), default="nchw", help="of their maps")
     live = actions.add_parser("run", help="a live peer beside ours")
     live.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL)
     live.add_argument("--against", required=True, metavar="diffusers|FILE.py:function")
     live.add_argument("--part", choices=COMPONENTS, help="one component; else all of them")
-    live.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    live.add_argument("--dtype", default="float32", choices=DTYPES)
     for action in (kit, live):
         action.add_argument("--side", type=int, metavar="PIXELS", help="of the run's picture; else at most 256")
     for action in (compare, live):
@@ -114,12 +116,13 @@ def run_record(a: argparse.Namespace) -> int:
 def run_compare(a: argparse.Namespace) -> int:
     if (a.kit is None) != (len(a.traces) == 2) or len(a.traces) > 2:
         raise InputError("expected one trace with --kit DIR, or two traces")
+    common.check_writable(a.json, a.html)
     first, *others = [read_trace(path, a) for path in a.traces]
     if others:
         return finish(compare_traces(first, others[0]), a, f"{a.traces[0].name} and {a.traces[1].name}")
     kit = Kit.open(a.kit)
     pipe, note = checkpoint_of(kit, a.checkpoint)
-    report = compare_with_kit(first, kit, pipe)
+    report = compare_with_kit(first, kit, pipe, dtype=getattr(torch, a.dtype) if a.dtype else None)
     report.notes += [note] * bool(note)
     return finish(report, a, a.traces[0].name, kit.settings)
 
@@ -127,21 +130,35 @@ def run_compare(a: argparse.Namespace) -> int:
 def read_trace(path: Path, a: argparse.Namespace) -> Trace:
     trace = Trace.load(path)
     if a.map is not None:
-        try:
-            names = json.loads(a.map.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{a.map} is no JSON file of names: {error}") from error
-        trace = trace.renamed(names)
+        trace = trace.renamed(names_of(a.map, trace))
     return trace.channels_first() if a.layout == "nhwc" else trace
+
+
+def names_of(path: Path, trace: Trace) -> dict[str, str]:
+    """Of `--map`. InputError unless it says what points of the trace are called."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no JSON file of names: {error}") from error
+    if not isinstance(names, dict) or not all(isinstance(name, str) and name for name in names.values()):
+        raise InputError(f'{path}: expected {{"their name": "official name", …}}, found {names!r:.60}')
+    for name in names.values():
+        if Key.parse(name) != Key(name):
+            raise InputError(f"{path}: expected names of points, without #2 or :in.0, found {name}")
+    strange = sorted(names.keys() - set(trace.points()))
+    if strange:
+        raise InputError(f"{path}: the trace has no points {', '.join(strange[:3])}, only such as {trace.points()[0]}")
+    return names
 
 
 def checkpoint_of(kit: Kit, name: str | None) -> tuple[Any, str]:
     """The pipeline that a kit is of, or None and why its modules cannot be run."""
     wanted = name or kit.settings.get("model")
     if wanted is None or (name is None and not Path(wanted).exists()):
-        return None, f"own and inherited errors are not told apart: {wanted} is not here (give --checkpoint MODEL)"
+        where = "the kit names no checkpoint" if wanted is None else f"{wanted} is not here"
+        return None, f"own and inherited errors are not told apart: {where} (give --checkpoint MODEL)"
     pipe = open_pipeline(wanted)
-    if pipe.checkpoint.sha256() != kit.settings["sha256"]:
+    if pipe.checkpoint.sha256() != kit.settings.get("sha256"):
         raise InputError(
             f"{wanted} is not the file that the kit was made of: give --checkpoint MODEL, or make a kit of it"
         )
@@ -149,6 +166,7 @@ def checkpoint_of(kit: Kit, name: str | None) -> tuple[Any, str]:
 
 
 def run_live(a: argparse.Namespace) -> int:
+    common.check_writable(a.json, a.html)
     report = live_runs.run_live(a.checkpoint, a.against, a.part, getattr(torch, a.dtype), a.side)
     return finish(report, a, f"{a.checkpoint} against {a.against}")
 

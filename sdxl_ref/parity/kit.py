@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -65,8 +66,11 @@ class Kit:
         if not (path / FILE).is_file():
             raise InputError(f"{folder} is no kit: expected a folder with {FILE}, as `sdxl-ref parity kit` writes it")
         kit = cls(Trace.load(path / FILE), path)
-        if "budgets" not in kit.settings:
-            raise InputError(f"{path / FILE} is a trace without budgets, no kit: make one with `sdxl-ref parity kit`")
+        for name in ("budgets", "request"):
+            if not isinstance(kit.settings.get(name), dict):
+                raise InputError(
+                    f"{path / FILE} is a trace without {name}, no kit: make one with `sdxl-ref parity kit`"
+                )
         return kit
 
     def budget(self, dtype: torch.dtype) -> Budget:
@@ -83,9 +87,14 @@ class Kit:
         arguments = {
             name: tuple(value) if isinstance(value, list) else value for name, value in self.settings["request"].items()
         }
-        if (self.folder / PICTURE).is_file():
+        if pipe.config.kind == "refiner":
+            if not (self.folder / PICTURE).is_file():
+                raise InputError(f"{self.folder} has no {PICTURE}, which the kit's run starts from: make the kit anew")
             arguments["image"] = load_image(self.folder / PICTURE)
-        return pipe.request(**arguments, generator=[torch.Generator().manual_seed(SEED)])
+        try:
+            return pipe.request(**arguments, generator=[torch.Generator().manual_seed(SEED)])
+        except TypeError as error:
+            raise InputError(f"the kit's request cannot be run here: {error}") from error
 
 
 def request_for(pipe: Any, side: int, folder: Path, whole_sizes: bool = False) -> dict[str, Any]:
@@ -114,7 +123,10 @@ def make_kit(
     dtype.
     """
     side = side_for(pipe, side)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}: name another one") from error
     checkpoint = pipe.checkpoint
     model = {} if checkpoint is None else {"model": str(checkpoint.path.resolve()), "sha256": checkpoint.sha256()}
     settings: dict[str, Any] = model | {
@@ -133,7 +145,7 @@ def make_kit(
     budgets: dict[str, Any] = {}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        budget = rounding(pipe, kit, truth, dtype)
+        budget = rounding(pipe, kit, truth, dtype, on_disk=sketch)
         budgets[name] = {"own": budget.own, "run": budget.run}
         say(f"budgets in {name}")
     kit.trace = kept(truth, largest)
@@ -179,14 +191,17 @@ def run(pipe: Any, kit: Kit, watcher: Watcher) -> None:
     pipe._progress = bar
 
 
-def rounding(pipe: Any, kit: Kit, truth: Trace, dtype: torch.dtype) -> Budget:
-    """What our own runs in a dtype are off at each point, the module alone and along the run."""
+def rounding(pipe: Any, kit: Kit, truth: Trace, dtype: torch.dtype, on_disk: bool) -> Budget:
+    """What our own runs in a dtype are off at each point, the module alone and along the run.
+
+    `on_disk`: their traces, gigabytes at full size, lie in the kit's folder meanwhile.
+    """
 
     def recorded(layout: torch.memory_format) -> Trace:
         recorder = Recorder(keeps=is_of_kit)
         with in_dtype(pipe, dtype, layout):
             run(pipe, kit, recorder)
-        return recorder.trace
+        return mapped(recorder.trace, kit.folder) if on_disk else recorder.trace
 
     def replayed(trace: Trace) -> Replay:
         replay = Replay(trace)
@@ -195,6 +210,13 @@ def rounding(pipe: Any, kit: Kit, truth: Trace, dtype: torch.dtype) -> Budget:
         return replay
 
     return two_runs(recorded, replayed, truth, dtype)
+
+
+def mapped(trace: Trace, folder: Path) -> Trace:
+    """A trace whose numbers are read from a file when they are wanted; the file is gone when they are."""
+    with TemporaryDirectory(dir=folder) as beside:  # what is mapped stays until it is dropped
+        trace.save(Path(beside) / FILE)
+        return Trace.load(Path(beside) / FILE)
 
 
 def two_runs(

@@ -148,7 +148,10 @@ def function_of(text: str) -> Callable[[str, nn.Module], Any]:
     if spec is None or spec.loader is None:
         raise InputError(f"expected diffusers, or FILE.py:function, found {text!r}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # of anybody's code
+        raise InputError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{file} has no function {name!r}")

@@ -12,7 +12,7 @@ from sdxl_ref.config import InputError
 from sdxl_ref.networks.freed_memory import give_freed_memory_back
 from sdxl_ref.parity import live
 from sdxl_ref.parity.compare import compare
-from sdxl_ref.parity.kit import Kit, make_kit, request_for, run, side_for
+from sdxl_ref.parity.kit import Kit, copy_in, make_kit, request_for, run, side_for
 from sdxl_ref.parity.network_runs import inputs_from
 from sdxl_ref.parity.pipelines import compare_with_kit
 from sdxl_ref.parity.recording import Recorder
@@ -56,10 +56,24 @@ def one_network(
     """Of one of ours and its peer. A peer that stops in the middle is told, and the others are still compared."""
     try:
         if function is not None:
-            return compare(network, function(part, network), inputs, dtype)
+            return compare(network, given_to(function, part, network), inputs, dtype)
         return compare(network, live.peer_of(network, part, dtype), inputs)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return Report(culprits=[part], notes=[f"{part}: the peer stopped: {str(error).splitlines()[0]}"])
+    except Exception as error:  # of anybody's code
+        why = next(iter(str(error).splitlines()), "")
+        return Report(culprits=[part], notes=[f"{part}: the peer stopped: {type(error).__name__}: {why}"])
+
+
+def given_to(function: Callable[..., Any], part: str, network: nn.Module) -> Any:
+    """What a function returns for a part. It is handed a network of its own, whose weights are ours.
+
+    InputError where it writes into these.
+    """
+    handed = copy_in(network, next(network.parameters()).dtype)
+    before = [parameter._version for parameter in network.parameters()]
+    candidate = function(part, handed)
+    if before != [parameter._version for parameter in network.parameters()]:
+        raise InputError("the function wrote into our weights: let it write into copies (copy.deepcopy)")
+    return candidate
 
 
 def add(report: Report, other: Report) -> None:

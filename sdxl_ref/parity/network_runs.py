@@ -67,11 +67,19 @@ def run_watched(
         if part == "vae":
             _run_vae(call, given, watcher)
             return
-        output = call(*given)
+        output = tensors_of(call(*given))
         seen = isinstance(network, nn.Module) and names is None
-        for i, value in enumerate(output if isinstance(output, tuple) else (output,)):
+        for i, value in enumerate(output):
             if not seen:  # a hook on the root has shown it otherwise
                 watcher.returned(Key(part, 0, f"out.{i}"), value)
+
+
+def tensors_of(output: Any) -> tuple[Tensor, ...]:
+    """TypeError unless these are a tensor, or several."""
+    values = output if isinstance(output, tuple) else (output,)
+    if not all(isinstance(value, Tensor) for value in values):
+        raise TypeError(f"expected a tensor, or a tuple of tensors, found {type(output).__name__}")
+    return values
 
 
 def _run_vae(call: Any, given: Sequence[Tensor | None], watcher: Watcher) -> None:

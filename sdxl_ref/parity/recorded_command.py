@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sdxl_ref.parity.recording import Recorder, machine, models_of
+from sdxl_ref.parity.recording import Recorder, machine, models_of, written
 from sdxl_ref.parity.trace import Trace
 from sdxl_ref.parity.watching import replaced, watched
 from sdxl_ref.pipelines.calling import CallablePipeline
@@ -23,7 +23,6 @@ def recorded(command: Any, arguments: argparse.Namespace, path: Path, points: li
                 stack.enter_context(watched(self, recorder))
             return usual(self, *args, **options)
 
-        with replaced(CallablePipeline, "run", run):
+        with written(recorder.trace, path), replaced(CallablePipeline, "run", run):
             command.run(arguments)
-    recorder.trace.save(path)
     return recorder.trace

@@ -1,6 +1,7 @@
 """Record a run: `with parity.record(pipe, points="unet/**", path="trace.safetensors"):` around any call."""
 
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdxl_ref import __version__
+from sdxl_ref.config import InputError
 from sdxl_ref.parity.sketch import sketch
 from sdxl_ref.parity.trace import Key, Trace, matches
 from sdxl_ref.parity.watching import watched
@@ -89,14 +91,31 @@ def record(
     """Record what a pipeline computes in this block, and write it to `path` when the block ends.
 
     `points` selects by glob, or by several: see `watching` for the names. `sketch` keeps a count sketch of each tensor
-    instead of the tensor. `settings` go into the trace. The run is the same to the bit.
+    instead of the tensor. `settings` go into the trace. The run is the same to the bit; but packed blocks, which
+    compute several modules at once, compute one after the other while they are watched. Of a run that fails, what
+    there is is written. InputError before it where the file cannot be written.
     """
     recorder = Recorder(points, lambda key, tensor: sketch)
     recorder.trace.settings |= settings | machine() | models_of(pipe)
-    with watched(pipe, recorder):
+    with written(recorder.trace, path), watched(pipe, recorder):
         yield recorder.trace
-    if path is not None:
-        recorder.trace.save(path)
+    if not recorder.trace.values:
+        warnings.warn(f"nothing was recorded: no point of the run is {points}", stacklevel=3)
+
+
+@contextmanager
+def written(trace: Trace, path: Path | str | None) -> Iterator[None]:
+    """Write a trace when the block ends, also where it fails; not where there is nothing. InputError before it."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: expected a file name in an existing folder")
+    try:
+        yield
+    except Exception as error:
+        trace.settings["stopped"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if path is not None and (trace.values or "stopped" not in trace.settings):
+            trace.save(path)
 
 
 def machine() -> dict[str, Any]:

@@ -6,6 +6,7 @@ nothing that comes after; of several all are found. What lies between the module
 compared where their inputs are recorded, and is its module's own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ SOURCES = {  # who makes what a network is handed
     "vae/quant_conv:in.0": "vae/encoder",
     "vae/decoder:in.0": "vae/post_quant_conv",
 }
+
+LAST_TOKEN = 49407  # of CLIP's vocabulary; ours has no embedding of a higher one
 
 FIRST_SEEN = {  # the same, of a trace without what whole networks were handed: where that is seen first
     "unet/label_emb.0:in.0": "unet:in.3",
@@ -102,6 +105,7 @@ class Replay:
         self._unseen: list[str] = []  # leaves that ended since their numbers were last met
         self._since: list[Key] = []  # and all keys
         self._is_unfit = ""  # who handed on what is of another shape
+        self._is_spoiled = False  # whether a value of theirs was not finite
         self._handed: list[Tensor] = []  # to the module that is about to run
 
     def enters(self, point: str) -> None:
@@ -173,31 +177,37 @@ class Replay:
             return value
         if not self._running or (key.is_output is False and point in SOURCES.values()):
             self.between[key] = (value.detach().cpu().clone(), fit.detach().cpu())
-        own = difference(fit, value, theirs.dtype)
-        self.checks.append(Check(key, point, own, theirs.dtype, tuple(theirs.shape), since))
-        if not torch.isfinite(fit).all():
-            return value  # what is not finite would spoil all that comes after
-        return fit.to(value)
+        is_finite = bool(torch.isfinite(fit).all())
+        if is_finite or not self._is_spoiled:  # of values that are not finite the first one is at fault
+            own = difference(fit, value, theirs.dtype)
+            self.checks.append(Check(key, point, own, theirs.dtype, tuple(theirs.shape), since))
+        self._is_spoiled |= not is_finite
+        is_usable = is_finite and (fit.is_floating_point() or bool(((fit >= 0) & (fit <= LAST_TOKEN)).all()))
+        return fit.to(value) if is_usable else value  # what is not finite would spoil all that comes after
 
 
 def fitted(theirs: Tensor, ours: Tensor) -> Tensor | None:
-    """Their tensor in our shape: as it is, or another order of the same axes; None where it is of another shape.
+    """Their tensor in our shape: as it is, or in another order of the same axes; None where it is of another shape."""
+    if theirs.shape == ours.shape:
+        return theirs
+    return min(ways_into(theirs, ours.shape), key=lambda way: float((way.to(ours) - ours).norm()), default=None)
+
+
+def ways_into(theirs: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Their tensor in a shape, in every way that it could be meant.
 
     Pixels may be tokens there (b,n,c), or stand in one row (b,c,n); a batch of one may have no axis of its own; one
     timestep may serve the whole batch.
     """
-    if theirs.shape == ours.shape:
-        return theirs
-    ways = []
-    if theirs.ndim == 3 and ours.ndim == 4:
-        if theirs.shape == ours.flatten(2).shape:
-            ways.append(theirs.reshape(ours.shape))
-        if theirs.transpose(1, 2).shape == ours.flatten(2).shape:
-            ways.append(theirs.transpose(1, 2).reshape(ours.shape))
-    if theirs.ndim == 4 and ours.ndim == 3 and theirs.flatten(2).transpose(1, 2).shape == ours.shape:
+    shape = tuple(shape)
+    ways = [theirs] if tuple(theirs.shape) == shape else []
+    if theirs.ndim == 3 and len(shape) == 4:
+        row = (*shape[:2], shape[2] * shape[3])
+        ways += [way.reshape(shape) for way in (theirs, theirs.transpose(1, 2)) if tuple(way.shape) == row]
+    if theirs.ndim == 4 and len(shape) == 3 and tuple(theirs.flatten(2).transpose(1, 2).shape) == shape:
         ways.append(theirs.flatten(2).transpose(1, 2))
-    if not ways and theirs.numel() == ours.numel() and theirs.squeeze().shape == ours.squeeze().shape:
-        ways.append(theirs.reshape(ours.shape))
-    if theirs.numel() == 1 and ours.ndim == 1:
-        ways.append(theirs.reshape(1).expand(ours.shape))
-    return min(ways, key=lambda way: float((way.to(ours) - ours).norm()), default=None)
+    if not ways and [side for side in theirs.shape if side > 1] == [side for side in shape if side > 1]:
+        ways.append(theirs.reshape(shape))
+    if theirs.numel() == 1 and len(shape) == 1:
+        ways.append(theirs.reshape(1).expand(shape))
+    return ways

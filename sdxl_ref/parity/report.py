@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_ref.parity.replay import Check, Difference, Replay, difference, fitted
+from sdxl_ref.parity.replay import Check, Difference, Replay, difference, fitted, ways_into
 from sdxl_ref.parity.sketch import Sketch, sketch
 from sdxl_ref.parity.sketch import distance as sketch_distance
 from sdxl_ref.parity.trace import Key, Trace
@@ -165,7 +165,7 @@ def judge(
         error = check.own.relative_l2
         if row.own is None or not error / limit <= row.own / row.budget:
             row.own, row.budget = error, limit
-        row.note = row.note or check.note
+        row.note = check.note or row.note
         if not error <= limit:  # NaN is no agreement
             if row.verdict != "fault":
                 row.call = check.key.call
@@ -206,7 +206,9 @@ def _along_the_run(rows: dict[str, Point], off: Mapping[Key, float], budget: Bud
 def pictures_of(reference: Trace, theirs: Trace) -> tuple[Tensor, Tensor] | None:
     """The results of two runs, where both are there whole and of one size."""
     expected, found = reference.tensor(RESULT), theirs.tensor(RESULT)
-    if expected is None or found is None or expected.shape != found.shape or expected.ndim != 4:
+    if expected is None or found is None or expected.shape != found.shape:
+        return None
+    if expected.ndim != 4 or expected.shape[1] != 3 or not expected.numel():
         return None
     return expected, found
 
@@ -214,8 +216,10 @@ def pictures_of(reference: Trace, theirs: Trace) -> tuple[Tensor, Tensor] | None
 def apart_from(value: Any, expected: Any) -> Difference | None:
     """The difference of two tensors, or of what is kept of them; None where they are of two shapes."""
     if isinstance(value, Sketch) or isinstance(expected, Sketch):
-        a, b = (kept if isinstance(kept, Sketch) else sketch(kept) for kept in (value, expected))
-        if a.shape != b.shape:
+        b = expected if isinstance(expected, Sketch) else sketch(expected)
+        forms = [value] if isinstance(value, Sketch) else [sketch(way) for way in ways_into(value, b.shape)]
+        a = min(forms, key=lambda form: sketch_distance(form, b), default=None)
+        if a is None or a.shape != b.shape:
             return None
         gap = sketch_distance(a, b)
         return Difference(gap / b.norm if b.norm else gap, max(abs(a.high - b.high), abs(a.low - b.low)), 1.0, 0.0)

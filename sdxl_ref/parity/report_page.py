@@ -118,7 +118,7 @@ def curve(report: Report) -> str:
     ys = [150 - 130 * (value - low) / (high - low) for value in logs]
     marks = "".join(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="3"/>' for x, y in zip(xs, ys, strict=True))
     names = "".join(
-        f'<text x="{x:.0f}" y="172" text-anchor="middle">{point.name.removeprefix("sampler/")}</text>'
+        f'<text x="{x:.0f}" y="172" text-anchor="middle">{html.escape(point.name.removeprefix("sampler/"))}</text>'
         for x, point in zip(xs, steps, strict=True)
     )
     ticks = "".join(
@@ -140,7 +140,7 @@ def pictures(expected: Tensor, found: Tensor) -> str:
     """The reference's picture, theirs, and the difference, so many times that its largest value can be seen."""
     gap = (found.float() - expected.float()).abs().nan_to_num(1.0, 1.0, 1.0)
     largest = float(gap.max())
-    times = 10 ** max(0, math.floor(-math.log10(largest))) if largest else 1
+    times = 10 ** min(9, max(0, math.floor(-math.log10(largest)))) if largest else 1
     shown = {"the reference": expected, "theirs": found, f"their difference, {times:,} times": gap * times}
     figures = "".join(
         f'<figure><img alt="{text}" src="data:image/png;base64,{png(images)}"><figcaption>{text}</figcaption></figure>'

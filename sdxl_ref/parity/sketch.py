@@ -44,6 +44,8 @@ class Sketch:
 
     @classmethod
     def of_figures(cls, sums: Tensor, figures: dict[str, Any]) -> "Sketch":
+        if sums.shape != (SUMS,) or not isinstance(getattr(torch, str(figures["dtype"]), None), torch.dtype):
+            raise ValueError(f"expected a sketch of {SUMS} sums, and the dtype of the tensor, found {figures['dtype']}")
         return cls(sums=sums, **figures | {"shape": tuple(figures["shape"])})
 
 

@@ -115,12 +115,20 @@ class Trace:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path} is no trace, or not a whole one: {error}") from error
+        for name, tensor in tensors.items():
+            check_dtype(path, name, tensor)
         if header is None:  # another tool's: names alone say what is what
             return cls({Key.parse(name): tensor for name, tensor in tensors.items()})
-        if header.get("version") != VERSION:
-            raise InputError(
-                f"{path} is a trace of version {header.get('version')}, expected {VERSION}: record it anew"
-            )
+        version = header.get("version") if isinstance(header, dict) else None
+        if version != VERSION:
+            raise InputError(f"{path} is a trace of version {version}, expected {VERSION}: record it anew")
+        try:
+            return cls.of_header(tensors, header)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{path} has metadata that FORMAT.md does not know: {error!r:.100}") from error
+
+    @classmethod
+    def of_header(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "Trace":
         values: dict[Key, Tensor | Sketch] = {}
         for name in header["order"]:
             if name in header["sketches"]:
@@ -128,18 +136,21 @@ class Trace:
             else:
                 values[Key.parse(name)] = tensors[name]
         same = {Key.parse(key): Key.parse(other) for key, other in header["same"].items()}
-        return cls(values, same, header["settings"])
+        return cls(values, {key: other for key, other in same.items() if other in values}, dict(header["settings"]))
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Trace":
         """`unet/middle_block.1#2.npy`, in folders or with `/` written as `__`."""
         values: dict[Key, Tensor | Sketch] = {}
         for file in sorted(folder.rglob("*.npy")):
-            name = file.relative_to(folder).as_posix().removesuffix(".npy").replace("__", "/")
+            key = Key.parse(file.relative_to(folder).as_posix().removesuffix(".npy").replace("__", "/"))
+            if key in values:
+                raise InputError(f"{folder} has two files for {key}: leave one")
             try:
-                values[Key.parse(name)] = torch.from_numpy(np.load(file, allow_pickle=False))
-            except (ValueError, TypeError, OSError) as error:
+                values[key] = torch.from_numpy(np.load(file, allow_pickle=False))
+            except (ValueError, TypeError, OSError, EOFError) as error:
                 raise InputError(f"{file} is no array that can be read: {error}") from error
+            check_dtype(folder, str(key), values[key])  # type: ignore[arg-type]
         if not values:
             raise InputError(f"{folder} has no .npy files: expected one for each point, named by it")
         return cls(values)
@@ -164,19 +175,29 @@ class Trace:
                 joined[key] = value
             elif key.call % count == 0:
                 parts = [self.tensor(key._replace(call=key.call + i)) for i in range(count)]
-                if all(isinstance(part, Tensor) and part.shape == value.shape for part in parts):
-                    joined[key._replace(call=key.call // count)] = torch.cat(parts)  # type: ignore[arg-type]
+                whole = all(isinstance(part, Tensor) and part.shape == value.shape for part in parts)
+                joined[key._replace(call=key.call // count)] = torch.cat(parts) if whole else value  # type: ignore[arg-type]
         return Trace(joined, self.same, self.settings)
 
     def renamed(self, names: dict[str, str]) -> "Trace":
-        """With other names for points; a name that is not in the table stays."""
+        """With other names for points; a name that is not in the table stays. InputError for two of one name."""
 
         def key_of(key: Key) -> Key:
             return key._replace(point=names.get(key.point, key.point))
 
         values = {key_of(key): value for key, value in self.values.items()}
+        if len(values) < len(self.values):
+            twice = next(key for key in values if [*map(key_of, self.values)].count(key) > 1)
+            raise InputError(f"two names of the trace would be {twice}: rename one of them otherwise")
         same = {key_of(key): key_of(other) for key, other in self.same.items()}
         return Trace(values, same, self.settings)
+
+
+def check_dtype(path: Path | str, name: str, tensor: Tensor) -> None:
+    """InputError for numbers that cannot be compared: complex ones, and those of less than 16 bits."""
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{path}: {name} is {kind}: expected float16, bfloat16, float32, float64 or whole numbers")
 
 
 def batch(value: Tensor | Sketch) -> int:

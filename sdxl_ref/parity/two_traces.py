@@ -26,6 +26,7 @@ def compare_traces(reference: Trace, candidate: Trace) -> Report:
     rows: dict[str, Point] = {}
     faults: list[Key] = []
     before = 0.0
+    is_spoiled = False  # of values that are not finite the first one is at fault
     for key in common:
         apart = apart_from(candidate.get(key), reference.get(key))
         row = rows.setdefault(key.point, Point(key.point))
@@ -35,7 +36,11 @@ def compare_traces(reference: Trace, candidate: Trace) -> Report:
             continue
         handed = inputs_apart(key, reference, candidate)
         limit = max(GROWTH * (before if handed is None else handed), 16 * LEAST * roundoff(key, reference, candidate))
-        verdict = "ok" if apart.relative_l2 <= limit else "inherits" if holds(key, faults) else "fault"
+        if math.isnan(limit):  # what it was handed is not finite
+            limit = math.inf
+        is_later = holds(key, faults) or (is_spoiled and not math.isfinite(apart.relative_l2))
+        verdict = "ok" if apart.relative_l2 <= limit else "inherits" if is_later else "fault"
+        is_spoiled |= not math.isfinite(apart.relative_l2)
         if verdict == "fault":
             faults.append(key)
             report.culprits += [key.point] * (key.point not in report.culprits)

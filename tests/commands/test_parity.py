@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 import torch
 from browser import opened
+from cases import sample
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sdxl_ref import ImageToImagePipeline, parity
 from sdxl_ref.cli import main
+from sdxl_ref.config import InputError
+from sdxl_ref.parity.kit import Kit
+from sdxl_ref.parity.pipelines import compare_with_kit
+from sdxl_ref.parity.report import Point, Report
+from sdxl_ref.parity.report_page import page
 from sdxl_ref.parity.sketch import Sketch
 from sdxl_ref.parity.trace import Key, Trace
+from sdxl_ref.parity.two_traces import compare_traces
 
 READERS = Path(parity.__file__).parent / "readers"
 Capture = pytest.CaptureFixture[str]
@@ -78,23 +85,23 @@ def test_the_page_in_a_browser(width: int, kit: Path, traces: dict[str, Path], t
     """A bar for each point, longer than the budget's line where one is at fault; pictures; nothing is cut off."""
     path = tmp_path / "r.html"
     assert main(["parity", "compare", str(traces["broken"]), "--kit", str(kit), "--html", str(path)]) == 1
-    with opened(path, width) as page:
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.locator("h1").inner_text().endswith(": differs")
-        rows = page.locator(".points tr").count() - 1
-        assert rows == page.locator(".points .bars").count() > 100
+    with opened(path, width) as shown:
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        assert shown.locator("h1").inner_text().endswith(": differs")
+        rows = shown.locator(".points tr").count() - 1
+        assert rows == shown.locator(".points .bars").count() > 100
         for kind, is_beyond in (("fault", True), ("ok", False)):
-            row = page.locator(f"tr.{kind} .bars").first
+            row = shown.locator(f"tr.{kind} .bars").first
             bar, line = (row.locator(tag).first.bounding_box() for tag in ("i", "b"))
             assert (bar["x"] + bar["width"] > line["x"]) is is_beyond
             assert bar["height"] > 3
-        sizes = page.evaluate("[...document.images].map(image => [image.naturalWidth, image.clientWidth])")
+        sizes = shown.evaluate("[...document.images].map(image => [image.naturalWidth, image.clientWidth])")
         assert [natural for natural, _ in sizes] == [64, 64, 64]
         assert all(100 < shown <= width for _, shown in sizes)
-        assert "times" in page.locator("figcaption").last.inner_text()
-        assert page.locator("svg polyline").bounding_box()["width"] > 200
-        assert page.locator("code").first.inner_text() == "unet/middle_block.1.norm"
-        assert page.screenshot(path=tmp_path / "page.png", full_page=True)
+        assert "times" in shown.locator("figcaption").last.inner_text()
+        assert shown.locator("svg polyline").bounding_box()["width"] > 200
+        assert shown.locator("code").first.inner_text() == "unet/middle_block.1.norm"
+        assert shown.screenshot(path=tmp_path / "page.png", full_page=True)
 
 
 def test_without_the_checkpoint_the_first_point_along_the_run_is_named(
@@ -203,19 +210,146 @@ def test_a_function_of_ones_own(tiny_refiner_file: Path, tmp_path: Path, capsys:
     assert main(command) == 1
     out = capsys.readouterr().out
     assert "differs at vae/encoder.mid.attn_1.norm: as a norm with eps 0.001" in out
-    assert "text_encoder_2: the peer stopped: no such tower here" in out
+    assert "text_encoder_2: the peer stopped: ValueError: no such tower here" in out
+
+
+NORM = "unet/middle_block.1.norm"
+
+
+def judged(trace: Trace, kit: Path, tiny_refiner_file: Path) -> Report:
+    return compare_with_kit(trace, Kit.open(kit), ImageToImagePipeline.from_pretrained(tiny_refiner_file), causes=False)
+
+
+def test_one_narrow_tensor_loosens_no_budget(kit: Path, traces: dict[str, Path], tiny_refiner_file: Path) -> None:
+    trace = Trace.load(traces["broken"])
+    step = trace.tensor(Key("sampler/1"))
+    assert step is not None
+    trace.values[Key("sampler/1")] = step.bfloat16()
+    assert NORM in judged(trace, kit, tiny_refiner_file).culprits
+
+
+def test_numbers_kept_in_more_bits_than_they_need(kit: Path, tiny_refiner_file: Path) -> None:
+    """A run in bfloat16 as numpy has it, in float32."""
+    pipe = ImageToImagePipeline.from_pretrained(tiny_refiner_file, dtype=torch.bfloat16)
+    trace = parity.replay(pipe, kit)
+    wide: Any = {
+        key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in trace.values.items()
+    }
+    report = judged(Trace(wide, trace.same), kit, tiny_refiner_file)
+    assert report.culprits == []
+    assert "the budget is that of bfloat16" in report.notes
+
+
+def test_of_values_that_are_not_finite_the_first_is_at_fault(
+    kit: Path, traces: dict[str, Path], tiny_refiner_file: Path
+) -> None:
+    trace = Trace.load(traces["clean"])
+    for key, value in trace.values.items():
+        if key.is_output and key.point.startswith("unet/middle_block.1") and isinstance(value, torch.Tensor):
+            trace.values[key] = value * torch.nan
+    assert judged(trace, kit, tiny_refiner_file).culprits == [NORM]
+    assert compare_traces(Trace.load(traces["clean"]), trace).culprits == [NORM]
+
+
+def test_half_of_a_batch_is_no_agreement(kit: Path, traces: dict[str, Path], tiny_refiner_file: Path) -> None:
+    trace = Trace.load(traces["clean"])
+    half = trace.tensor(Key("unet"))
+    assert half is not None
+    report = judged(Trace({Key("unet"): half[:1]}), kit, tiny_refiner_file)
+    assert report.culprits == ["unet"]
+    assert "expected (2, 4, " in report.points[-1].note
+
+
+def test_names_that_fit_nothing_are_told(kit: Path, traces: dict[str, Path], tiny_refiner_file: Path) -> None:
+    trace = Trace.load(traces["clean"])
+    tokens, output = trace.tensor(Key("text_encoder_2", 0, "in.0")), trace.tensor(Key("unet/out.0"))
+    assert tokens is not None
+    assert output is not None
+    named = {Key("tokens/text_encoder_2"): torch.zeros_like(tokens), Key("unet/out.o"): output}
+    report = judged(Trace(named), kit, tiny_refiner_file)  # type: ignore[arg-type]
+    assert report.culprits == ["tokens/text_encoder_2"]  # as FORMAT.md names what the tower is handed
+    assert "1 points are not in the kit: unet/out.o" in report.notes
+    named = {Key("tokens/text_encoder_2"): tokens + 50_000}
+    assert judged(Trace(named), kit, tiny_refiner_file).culprits == ["tokens/text_encoder_2"]  # type: ignore[arg-type]
+
+
+PEERS = {
+    "in place": ("ours.out[0].eps = 1e-2\n    return ours", "differs at unet/out.0: as a norm with eps 0.01"),
+    "weights": ("ours.out[2].weight.mul_(2)\n    return ours", "the function wrote into our weights"),
+    "an assertion": ("assert False, 'no UNet'", "unet: the peer stopped: AssertionError: no UNet"),
+    "nothing to say": ("raise NotImplementedError", "unet: the peer stopped: NotImplementedError: "),
+    "no tensor": ("return lambda *_: {}", "unet: the peer stopped: TypeError: expected a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", sample(PEERS, "in place", "an assertion"))
+def test_functions_that_misbehave(name: str, tiny_refiner_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    body, told = PEERS[name]
+    (tmp_path / "mine.py").write_text(f"def network(part, ours):\n    {body}\n")
+    command = ["parity", "run", "--checkpoint", str(tiny_refiner_file), "--against", f"{tmp_path / 'mine.py'}:network"]
+    assert main([*command, "--side", "64", "--part", "unet"]) == 1
+    assert told in capsys.readouterr().out
+
+
+def test_a_run_that_fails_leaves_its_trace(tiny_refiner_file: Path, photo: Path, tmp_path: Path) -> None:
+    pipe = ImageToImagePipeline.from_pretrained(tiny_refiner_file)
+
+    def stop(*_: Any) -> None:
+        raise KeyError("mine")
+
+    arguments = {"image": photo, "num_inference_steps": 4, "callback_on_step_end": stop}
+    with pytest.raises(KeyError), parity.record(pipe, points="unet", path=tmp_path / "t.safetensors"):
+        pipe("a cup", **arguments)
+    trace = Trace.load(tmp_path / "t.safetensors")
+    assert trace.points() == ["unet"]
+    assert trace.settings["stopped"] == "KeyError: 'mine'"
+    with pytest.raises(InputError, match="in an existing folder"), parity.record(pipe, path=tmp_path / "no" / "t.st"):
+        pytest.fail("the run began")
+    with pytest.warns(UserWarning, match="no point of the run is unett"), parity.record(pipe, points="unett/**"):
+        pass
+
+
+def test_pages_of_odd_reports() -> None:
+    report = Report([Point(f"sampler/<img src={i}>", relative_l2=0.1) for i in range(2)])
+    report.pictures = torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 1e-45)
+    text = page(report, "a <b>")
+    assert "<img src=0" not in text
+    assert "a <b>" not in text
+    assert "1,000,000,000 times" in text
 
 
 def test_bad_input(kit: Path, traces: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     save_file({"nothing/known": torch.zeros(2)}, tmp_path / "strange.safetensors")
     save_file({"unet": torch.full((1,), torch.nan)}, tmp_path / "nan.safetensors")
     save_file({"a name#x": torch.zeros(2)}, tmp_path / "unnamed.safetensors")
+    save_file({"unet": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "complex.safetensors")
+    save_file({"unet": torch.zeros(2)}, tmp_path / "header.safetensors", {"sdxl_ref.parity": '{"version": 1}'})
+    maps = {"list": [1], "foo": {"foo": "unet"}, "call": {"unet": "unet#2"}, "clash": {"unet": "unet/out.0"}}
+    for name, value in maps.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "unet.npy").touch()
+    (tmp_path / "twice" / "unet").mkdir(parents=True)
+    for name in ("unet__out.0", "unet/out.0"):
+        np.save(tmp_path / "twice" / f"{name}.npy", np.zeros(2))
+    clean = ("compare", str(traces["clean"]), "--kit", str(kit))
     cases = {
         ("compare", str(tmp_path / "strange.safetensors"), "--kit", str(kit)): "no point of the kit",
         ("compare", str(tmp_path / "unnamed.safetensors"), "--kit", str(kit)): "expected a name such as",
         ("compare", str(tmp_path / "none.safetensors"), "--kit", str(kit)): "is no trace",
         ("compare", str(traces["clean"]), "--kit", str(tmp_path)): "is no kit",
         ("compare", str(traces["clean"])): "expected one trace with --kit DIR, or two traces",
+        ("compare", str(tmp_path / "complex.safetensors"), "--kit", str(kit)): "unet is complex64: expected float16",
+        ("compare", str(tmp_path / "header.safetensors"), "--kit", str(kit)): "metadata that FORMAT.md does not know",
+        ("compare", str(tmp_path / "empty"), "--kit", str(kit)): "is no array that can be read",
+        ("compare", str(tmp_path / "twice"), "--kit", str(kit)): "has two files for unet/out.0",
+        (*clean, "--map", str(tmp_path / "list.json")): 'expected {"their name": "official name", …}',
+        (*clean, "--map", str(tmp_path / "foo.json")): "the trace has no points foo, only such as",
+        (*clean, "--map", str(tmp_path / "call.json")): "expected names of points, without #2 or :in.0",
+        (*clean, "--map", str(tmp_path / "clash.json")): "two names of the trace would be unet/out.0",
+        (*clean, "--html", str(tmp_path / "no" / "r.html")): "expected a file name in an existing, writable folder",
+        ("kit", "--checkpoint", "pocket-refiner", "--out", str(tmp_path / "list.json")): "cannot make the folder",
         ("kit", "--checkpoint", "pocket", "--out", str(kit)): "holds a kit: name another folder",
         ("record", "--trace", str(tmp_path / "t.safetensors"), "info", "pocket"): "expected `refine …` or `generate …`",
         ("run", "--checkpoint", "pocket-refiner", "--against", "numpy"): "expected diffusers, or FILE.py:function",

@@ -79,5 +79,5 @@ def test_sketches_tell_distances_within_a_tenth() -> None:
                 ratios.append(distance(sketch(a), sketch(b)) / gap)
     farthest = max(abs(ratio - 1) for ratio in ratios)
     print(f"\n{len(ratios)} points, farthest {farthest:.1%}, deviation {torch.tensor(ratios).std():.1%}")
-    assert len(ratios) > 2000
+    assert len(ratios) > 1800
     assert farthest < 0.1
