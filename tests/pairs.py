@@ -11,12 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import peers
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from sdxl_ref import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline, pack
+from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.parity.live import assembled
 from sdxl_ref.weights.checkpoint import build, prefixes
 
@@ -141,6 +144,20 @@ def diffusers_pipeline(name: str, kind: str, scheduler: str, spacing: str, optio
     tokenizers = {"tokenizer": tokenizer("<|endoftext|>") if is_base else None, "tokenizer_2": tokenizer()}
     parts = diffusers_parts(kind) | tokenizers | own
     return assembled(name, scheduler, {"timestep_spacing": spacing} | options, is_base, **parts)
+
+
+def use_the_peers_table(patch: pytest.MonkeyPatch) -> None:
+    """Ours on diffusers' own float32 table of sigmas, whose lowest level is 1.3e-5 off."""
+    alphas_cumprod = diffusers_refiner().scheduler.alphas_cumprod
+    table = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().double().numpy()
+    create = NoiseSchedule.__init__
+
+    def init(self: NoiseSchedule) -> None:
+        create(self)
+        assert np.abs(self.table / table - 1).max() < 2e-5
+        self.table = table
+
+    patch.setattr(NoiseSchedule, "__init__", init)
 
 
 def diffusers_base(

@@ -23,7 +23,8 @@ from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.saving import PREFIX, replacing
 
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale")  # fields of a request
-SAMPLING = ("sampler", "spacing", "karras", *SAMPLER_OPTIONS)
+OWN_LEVELS = ("sigmas", "timesteps")
+SAMPLING = ("sampler", "spacing", "karras", *OWN_LEVELS, *SAMPLER_OPTIONS)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures that are written
 VARIANT = "fp16: read files such as model.fp16.safetensors of a folder or a repository"
 SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
@@ -33,7 +34,10 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", required=True, help="what the picture shows")
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
     p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own, or euler")
-    add_request_options(p, Request, *GUIDANCE, *(name for name in SAMPLING if name != "sampler"))
+    add_request_options(p, Request, *GUIDANCE, "spacing", "karras", *SAMPLER_OPTIONS)
+    for field in fields(Request):
+        if field.name in OWN_LEVELS:
+            p.add_argument(f"--{field.name}", type=levels, metavar="LIST|FILE", help=field.metadata["meaning"])
     p.add_argument("--variant", help=VARIANT)
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
@@ -65,6 +69,16 @@ def add_request_options(p: argparse.ArgumentParser, request_type: type[Request],
         kinds = get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
         number: Any = next((kind for kind in (int, float) if kind in kinds), str)
         p.add_argument(flag, type=number, default=field.default, help=meaning)
+
+
+def levels(text: str) -> list[float]:
+    """Of `--sigmas` or `--timesteps`. The one place that imports what reads them."""
+    from sdxl_ref.diffusion import own_levels
+
+    try:
+        return own_levels.read(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def sampling_settings(request: Request) -> dict[str, Any]:

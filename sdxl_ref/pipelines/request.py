@@ -54,6 +54,8 @@ class Request:
     sampler: str | None = option("the name of a sampler, a key of SAMPLERS; None: the model's own, or euler", None)
     spacing: Any = option("leading, trailing, linspace or sgm; None: the model's own, or leading", None)
     karras: bool | None = option("Karras' sigmas between the spacing's ends; None: the model's own, or not", None)
+    sigmas: Any = option("own noise levels in place of a spacing's, falling; at the last one the run ends", None)
+    timesteps: Any = option("own training steps in place of a spacing's, falling; the run ends at sigma 0", None)
     eta: float | None = option("share of fresh noise of a sampler that draws it; None: the sampler's own", None)
     s_noise: float | None = option("factor on a sampler's fresh noise; None: 1", None)
     s_churn: float | None = option("Karras' churn, of euler and heun; None: 0", None)
@@ -98,13 +100,17 @@ class Request:
 
     def completed(self: Self, defaults: Defaults) -> Self:
         """With a model's own way of running where this says nothing. InputError where that cannot be had here."""
+        if self.sigmas is not None or self.timesteps is not None:
+            return own_levels().completed(self, defaults)
         if defaults != SDXL:
             return own_settings().completed(self, defaults)
         spacing = SDXL.spacing if self.spacing is None else self.spacing
         return replace(self, sampler=self.sampler or SDXL.sampler, spacing=spacing, karras=bool(self.karras))
 
     def left_open(self, defaults: Defaults) -> str:
-        """What the model's own settings decide, where they are not SDXL's, as a plan tells it."""
+        """What the model's own settings decide, where they are not SDXL's, or own levels, as a plan tells it."""
+        if self.sigmas is not None or self.timesteps is not None:
+            return own_levels().told(self, defaults)
         return "" if defaults == SDXL else own_settings().left_open(self, defaults)
 
     def sampler_options(self) -> dict[str, float]:
@@ -128,6 +134,13 @@ def own_settings() -> Any:
     from sdxl_ref.pipelines import own_settings
 
     return own_settings
+
+
+def own_levels() -> Any:
+    """The module of levels that are handed in, imported where there are some."""
+    from sdxl_ref.diffusion import own_levels
+
+    return own_levels
 
 
 def check_texts(name: str, texts: Any) -> None:

@@ -8,8 +8,6 @@ import pairs
 import pytest
 import torch
 
-from sdxl_ref.diffusion.schedule import NoiseSchedule
-
 SCHEDULERS = {"euler": "EulerDiscreteScheduler", "ddpm": "DDPMScheduler"}
 SEED = 7
 
@@ -38,17 +36,8 @@ def test_samplers_and_spacings(sampler: str, spacing: str) -> None:
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_karras(spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the peer's own float32 table of sigmas: its lowest level is 1.3e-5 off, and moves every Karras level."""
-    alphas_cumprod = pairs.diffusers_refiner().scheduler.alphas_cumprod
-    table = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().double().numpy()
-    create = NoiseSchedule.__init__
-
-    def init(self: NoiseSchedule) -> None:
-        create(self)
-        assert np.abs(self.table / table - 1).max() < 2e-5
-        self.table = table
-
-    monkeypatch.setattr(NoiseSchedule, "__init__", init)
+    """The lowest level of the peer's table moves every Karras level."""
+    pairs.use_the_peers_table(monkeypatch)
     checks.close(*both(spacing=spacing, karras=True), checks.PIPELINE, f"Karras {spacing}")
 
 
