@@ -29,26 +29,26 @@ from torch.nn.modules import module as module_hooks
 from sdxl_ref.config import InputError
 from sdxl_ref.networks.layers import attention
 from sdxl_ref.networks.openclip_g import SelfAttention
+from sdxl_ref.networks.packed_module import FIRST, PackedModule, check_inference
 from sdxl_ref.networks.unet import GEGLU, CrossAttention
 
 ops: Any = torch.ops.mkldnn
-FIRST = "use sdxl_ref.unpack(network), or pipe.unpack(), first"
 ALIGNMENT = 16  # of the number of keys: the attention kernel takes twice as long where it is not a multiple
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(PackedModule):
     """What packed layers share: nothing that needs plain weights is answered."""
 
     plain: ClassVar[type[nn.Module]]
     name: ClassVar[str] = "weight"  # of the parameter that is packed, if it is one
-    pieces: Sequence[Tensor]  # what became of it
     trained: bool  # whether it had gradients
 
     def put_away(self) -> None:
-        """Replace the plain weight by a packed one."""
-        weight = take_weight(self, self.name)
-        self.trained = weight.requires_grad
-        self.pieces = [self.reordered(weight.detach().contiguous())]
+        """Replace the plain weight by a packed one, once that is made: a stop meanwhile leaves it as it is."""
+        weight: Any = self._parameters[self.name]
+        pieces = [self.reordered(weight.detach().contiguous())]
+        self.trained = take_weight(self, self.name).requires_grad
+        self.pieces = pieces
 
     def give_back(self) -> None:
         """Be a plain layer again, with its weight."""
@@ -61,24 +61,11 @@ class PackedLayer(nn.Module):
     def reordered(self, weight: Tensor) -> Tensor:
         return reordered_matrix(weight)
 
-    def train(self, mode: bool = True) -> Any:
-        if mode:
-            raise InputError(f"a packed network cannot be trained: {FIRST}")
-        return super().train(mode)
-
     def _save_to_state_dict(self, *_: Any) -> None:
         raise InputError(f"a packed network has no state_dict: {FIRST}")
 
     def _load_from_state_dict(self, *_: Any) -> None:
         raise InputError(f"a packed network cannot be given other weights: {FIRST}")
-
-    def _apply(self, function: Any, recurse: bool = True) -> Any:
-        for packed in self.pieces:
-            probe = torch.empty(0, dtype=packed.dtype)
-            moved = function(probe)
-            if (moved.device, moved.dtype) != (probe.device, probe.dtype):
-                raise InputError(f"a packed network cannot be moved to {moved.device} and {moved.dtype}: {FIRST}")
-        return super()._apply(function, recurse)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         if name == self.name:
@@ -156,8 +143,10 @@ class PackedBlock(PackedLayer):
 
     def put_away(self) -> None:
         layers = self.layers()
+        rows = torch.cat([layer.weight for layer in layers]).detach()
+        pieces = [reordered_matrix(piece.contiguous()) for piece in self.split(rows)]
         weights = [take_weight(layer, "weight") for layer in layers]
-        self.pieces = [reordered_matrix(piece.contiguous()) for piece in self.split(torch.cat(weights).detach())]
+        self.pieces = pieces
         start = 0
         for layer, weight in zip(layers, weights, strict=True):
             layer.__class__ = PackedPart
@@ -311,6 +300,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_inference(x, bias)
     if x.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"expected {weight.shape[1]} features, found an input of {tuple(x.shape)}")
+    if x.dtype != weight.dtype:  # as under autocast
+        raise RuntimeError(f"a packed layer of {weight.dtype} cannot compute in {x.dtype}: {FIRST}")
     return ops._linear_pointwise(x, weight, dense(bias), "none", [], "")
 
 
@@ -324,12 +315,6 @@ def order_of(packed: Tensor) -> bytes:
     """oneDNN's description of the order in memory, but for the gap between two fields, which it never sets."""
     description = bytes(ops._get_mkldnn_serialized_md(packed).tolist())
     return description[:108] + description[112:]
-
-
-def check_inference(*tensors: Tensor | None) -> None:
-    """InputError where gradients are asked for, which these operators do not have."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise InputError(f"a packed network has no gradients: run it under torch.no_grad(), or {FIRST}")
 
 
 def pads_zeros(conv: nn.Conv2d) -> bool:

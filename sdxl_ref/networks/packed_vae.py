@@ -14,13 +14,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sdxl_ref.networks.freed_memory import give_freed_memory_back
-from sdxl_ref.networks.layers import Upsample, attention
-from sdxl_ref.networks.packed_layers import PackedLayer, is_watched, pads_zeros
+from sdxl_ref.networks.layers import GroupNorm, Upsample, attention
+from sdxl_ref.networks.packed_layers import PackedConv2d, PackedLayer, is_watched, pads_zeros
+from sdxl_ref.networks.packed_module import check_inference
 from sdxl_ref.networks.vae import AttnBlock, ResnetBlock
 
 LARGE = 2**26  # bytes of a map that is worked on in bands
 KEPT = 2**28  # bytes: blocks from here on are new memory anyway, so that others make room for them
 BAND = 2**24  # bytes of a band, or a row
+NORMS = (nn.GroupNorm, GroupNorm)  # not those of users, which may do something else
+CONVOLUTIONS = (nn.Conv2d, PackedConv2d)
 Prepare = Callable[[Tensor], Tensor]
 
 
@@ -43,6 +46,7 @@ class PackedAttnBlock(PackedVAEBlock, AttnBlock):
     plain = AttnBlock
 
     def forward(self, x: Tensor) -> Tensor:
+        check_inference(x, *self.parameters())
         h = self.norm(x)
         q, k, v = (rearrange(project(h), "b c h w -> b (h w) c").contiguous() for project in (self.q, self.k, self.v))
         h = rearrange(attention(q, k, v, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
@@ -54,7 +58,8 @@ class PackedResnetBlock(PackedVAEBlock, ResnetBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         norms = self.norm1, self.norm2
-        is_usual = all(isinstance(norm, nn.GroupNorm) for norm in norms) and is_conv3x3(self.conv1, self.conv2)
+        is_usual = all(type(norm) in NORMS and norm.affine for norm in norms) and is_conv3x3(self.conv1, self.conv2)
+        check_inference(x, *self.parameters())
         if size_of(x) <= LARGE or not is_usual or is_watched(*self.children()):
             return ResnetBlock.forward(self, x)
         h = convolve(x, self.conv1, normalize(x, self.norm1))
@@ -71,6 +76,7 @@ class PackedUpsample(PackedVAEBlock, Upsample):
     plain = Upsample
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        check_inference(x, *self.parameters())
         if 4 * size_of(x) <= LARGE or size is not None or not is_conv3x3(self.conv) or is_watched(self.conv):
             return Upsample.forward(self, x, size)
         return convolve(x, self.conv, lambda band: F.interpolate(band, scale_factor=2.0, mode="nearest"), scale=2)
@@ -83,7 +89,7 @@ def size_of(x: Tensor) -> int:
 def is_conv3x3(*convs: nn.Module) -> bool:
     """Whether these are what `convolve` takes: 3x3, of stride 1, with a row and a column of zeros around."""
     for conv in convs:
-        if not isinstance(conv, nn.Conv2d) or not pads_zeros(conv):
+        if not isinstance(conv, nn.Conv2d) or type(conv) not in CONVOLUTIONS or not pads_zeros(conv):
             return False
         if (conv.kernel_size, conv.stride, conv.padding, conv.dilation) != ((3, 3), (1, 1), (1, 1), (1, 1)):
             return False

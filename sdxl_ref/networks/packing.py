@@ -22,6 +22,7 @@ from sdxl_ref.networks.packed_layers import (
     ops,
     pads_zeros,
 )
+from sdxl_ref.networks.packed_module import PackedNetwork, packed_class
 from sdxl_ref.networks.packed_vae import PackedAttnBlock, PackedResnetBlock, PackedUpsample
 
 LAYERS = (PackedLinear, PackedConv2d, PackedSelfAttention)
@@ -46,13 +47,20 @@ def pack(network: nn.Module, consume: bool = False) -> nn.Module:
     for module in network.modules():
         if is_packable(module):
             pack_layer(module)
+    if not isinstance(network, PackedLayer | PackedNetwork):
+        kind: Any = type(network)
+        network.__class__ = packed_class(kind)
     return network
 
 
 @torch.inference_mode(False)
 def unpack(network: nn.Module, consume: bool = False) -> nn.Module:
     """The inverse of `pack`: plain weights, equal to the bit to those that were packed."""
+    if isinstance(network, PackedPart):
+        raise InputError("this layer is computed together with others: unpack the block that holds it")
     network = network if consume else copied(network)
+    if isinstance(network, PackedNetwork):
+        network.__class__ = type(network).plain  # type: ignore[attr-defined]
     for module in network.modules():
         if isinstance(module, PackedLayer) and not isinstance(module, PackedPart):
             module.give_back()
@@ -87,7 +95,7 @@ def why_not(network: nn.Module) -> str:
     devices = {parameter.device.type for parameter in network.parameters()}
     if devices != {"cpu"}:
         return f"expected its parameters on the CPU, found {', '.join(sorted(devices)) or 'none'}"
-    if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
+    if hasattr(network, "_orig_mod") or any(module._compiled_call_impl is not None for module in network.modules()):
         return "it is compiled"
     return why_not_here({parameter.dtype for parameter in network.parameters()})
 
@@ -119,9 +127,14 @@ def copied(network: nn.Module) -> nn.Module:
 
 def pack_layer(layer: nn.Module) -> None:
     """Make a layer a packed one, in place: who holds it, and its hooks, notice nothing."""
-    layer.__class__ = PACKED[type(layer)]
+    plain = type(layer)
+    layer.__class__ = PACKED[plain]
     assert isinstance(layer, PackedLayer)
-    layer.put_away()
+    try:
+        layer.put_away()
+    except BaseException:  # Ctrl-C too
+        layer.__class__ = plain  # type: ignore[assignment]
+        raise
 
 
 def drop_weights(network: nn.Module) -> None:

@@ -77,8 +77,24 @@ def wider(vae: Any) -> None:
     vae.decoder.up[0].block[0].conv1 = torch.nn.Conv2d(64, 32, 5, padding=2)
 
 
-@pytest.mark.parametrize("change", [circular, wider])
-def test_other_convolutions_are_not_cut_into_bands(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def by_class(vae: Any) -> None:
+    """Somebody's own kinds of layers."""
+
+    class Negative(torch.nn.GroupNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    class Doubled(torch.nn.Conv2d):
+        def _conv_forward(self, x: Tensor, *weights: Any) -> Tensor:
+            return 2 * super()._conv_forward(x, *weights)
+
+    vae.decoder.up[0].block[0].norm1.__class__ = Negative
+    vae.decoder.up[0].block[1].conv1.__class__ = Doubled
+    vae.decoder.up[0].block[1].norm2 = torch.nn.GroupNorm(32, 32, affine=False)
+
+
+@pytest.mark.parametrize("change", [circular, wider, by_class])
+def test_other_layers_are_not_cut_into_bands(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As users set them for pictures that tile, or to try something."""
     plain = peers.small_vae(seed=0).eval().requires_grad_(False)
     packed: Any = pack(plain)

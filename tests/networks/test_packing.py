@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import platform
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from sdxl_ref import pack, unpack
 from sdxl_ref.adapters import lora
 from sdxl_ref.config import InputError
-from sdxl_ref.networks import packing
+from sdxl_ref.networks import packed_layers, packing
 
 ROUNDING = 1.1  # packed over plain, of their distances to the exact result: the median over seeds
 FLOAT32 = 5e-6
@@ -407,15 +408,67 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "loading": (lambda net: net.load_state_dict({}, strict=False), "cannot be given other weights"),
     "another dtype": (lambda net: net.to(torch.float16), "cannot be moved to cpu and torch.float16"),
     "another device": (lambda net: net.to("meta"), "cannot be moved to meta"),
+    "no weights": (lambda net: net.to_empty(device="cpu"), "cannot be emptied"),
+    "a file": (lambda net: pickle.dumps(net), "cannot be written to a file"),
     "a weight": (lambda net: net.get_parameter("time_embed.0.weight"), "the weight of a packed layer is not to be had"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_needs_plain_weights_names_the_way_back(name: str) -> None:
+@pytest.mark.parametrize(("network", "name"), diagonal(["unet", "decoder", "bigG", "CLIP-L"], [*REFUSED]))
+def test_what_needs_plain_weights_names_the_way_back(network: str, name: str) -> None:
+    """Before anything has changed, also where the first layers are plain."""
     call, message = REFUSED[name]
+    plain = network_of(network)
+    packed = pack(plain)
+    if name == "a weight" and network != "unet":
+        return  # the name is the UNet's
     with pytest.raises(InputError, match=rf"{message}.*: use sdxl_ref.unpack\(network\), or pipe.unpack\(\), first"):
-        call(pack(network_of("unet")))
+        call(packed)
+    assert not any(module.training for module in packed.modules())
+    assert adapter_files.same(dict(plain.state_dict()), dict(unpack(packed).state_dict()))
+
+
+def test_a_copy_computes_the_same_and_is_its_own() -> None:
+    packed = pack(network_of("CLIP-L"))
+    other = copy.deepcopy(packed)
+    bias: Any = other.get_parameter("text_model.encoder.layers.0.mlp.fc1.bias")
+    usual = run_tower(0, packed, torch.float32, 0)
+    assert torch.equal(run_tower(0, other, torch.float32, 0), usual)
+    bias.add_(1)
+    assert torch.equal(run_tower(0, packed, torch.float32, 0), usual)
+    assert not torch.equal(run_tower(0, other, torch.float32, 0), usual)
+    assert not packing.is_packed(unpack(other))
+
+
+def test_a_stop_in_the_middle_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while weights are reordered."""
+    network = network_of("unet")
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    usual = packed_layers.reordered_matrix
+    calls: list[int] = []
+
+    def stop(weight: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return usual(weight)
+
+    monkeypatch.setattr(packed_layers, "reordered_matrix", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack(network, consume=True)
+    assert adapter_files.same(before, dict(unpack(network, consume=True).state_dict()))
+
+
+def test_a_layer_that_is_computed_with_others_is_not_unpacked_alone() -> None:
+    packed = pack(network_of("unet"))
+    with pytest.raises(InputError, match="unpack the block that holds it"):
+        unpack(packed.get_submodule("middle_block.1.transformer_blocks.0.attn1.to_v"))
+
+
+def test_another_dtype_by_autocast_says_so() -> None:
+    packed = pack(network_of("unet"))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"cannot compute in torch\.bfloat16"):
+        run_unet(packed, torch.float32, 0)
 
 
 def test_inputs_of_another_width_say_so() -> None:
@@ -429,6 +482,9 @@ def test_gradients_are_refused() -> None:
     layer = packed.get_submodule("text_model.encoder.layers.0.mlp.fc1")
     with torch.enable_grad(), pytest.raises(InputError, match="a packed network has no gradients"):
         layer(torch.zeros(1, 1, layer.in_features, requires_grad=True))
+    vae: Any = pack(network_of("decoder"))
+    with torch.enable_grad(), pytest.raises(InputError, match="a packed network has no gradients"):
+        vae.decode(torch.zeros(1, 4, 4, 4, requires_grad=True))
 
 
 @pytest.mark.parametrize(
