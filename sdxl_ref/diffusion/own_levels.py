@@ -64,6 +64,8 @@ def completed(request: Any, defaults: Defaults) -> Any:
         if getattr(request, other):
             raise InputError(f"{other} is of no use with {name}: leave it out")
     levels = OwnLevels(**{name: checked(name, getattr(request, name))})
+    if request.num_inference_steps not in (type(request).num_inference_steps, levels.steps):
+        raise InputError(f"{name} make {levels.steps} steps, found num_inference_steps {request.num_inference_steps}")
     spaced = replace(request, sigmas=None, timesteps=None, spacing=levels, num_inference_steps=levels.steps)
     return spaced.completed(defaults)
 

@@ -39,10 +39,12 @@ class CallablePipeline:
     request_type: type[Any]
     plan_for: Callable[[Any, Defaults], Any]
     steps: Callable[[Any], Steps]
+    decode: Callable[[Tensor], Tensor]
     defaults: Defaults  # how the model is run where a request leaves it open
 
     def __init__(self) -> None:
         self.wrap_denoiser: Callable[[Denoise], Denoise] | None = None
+        self._interrupt = False  # a callback may set it: the run ends after that step
         self._progress: dict[str, Any] = {"disable": None}  # None: not where standard error is no terminal
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -53,35 +55,53 @@ class CallablePipeline:
 
     @torch.no_grad()
     def __call__(
-        self, prompt: Prompt, *, callback_on_step_end: Callback | None = None, watermark: bool = False, **arguments: Any
-    ) -> PipelineOutput:
+        self,
+        prompt: Prompt,
+        *,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        watermark: bool = False,
+        return_dict: bool = True,
+        **arguments: Any,
+    ) -> Any:
         """Make pictures: a request of the arguments, its steps under a progress bar, the result packed.
 
-        Latents are scaled by 0.13025, in sigma space. `callback_on_step_end(pipeline, i, sigma, {"latents": x})` is
-        called after each step; it may return {"latents": …}, from which the run goes on. `watermark` puts the official
-        code's invisible one into PIL pictures, which carry their settings in `info` (see `recording`). TypeError for an
-        unknown argument, InputError for a bad value.
+        Latents are scaled by 0.13025, in sigma space. `callback_on_step_end(pipeline, i, timestep, {"latents": x})` is
+        called after each step, with the training step that it began at; it may return {"latents": …}, from which the
+        run goes on, and set `pipeline._interrupt`, which ends it there. `watermark` puts the official code's invisible
+        one into PIL pictures, which carry their settings in `info` (see `recording`). Returns a `PipelineOutput`, or a
+        plain tuple without `return_dict`. TypeError for an unknown argument, InputError for a bad value.
         """
-        request = self.request(prompt=prompt, **arguments)
+        images = self._images(
+            self.request(prompt=prompt, **arguments),
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            watermark,
+        )
+        return PipelineOutput(images) if return_dict else (images,)
+
+    def _images(self, request: Any, callback: Callback | None, inputs: Sequence[str], watermark: bool) -> Any:
         if watermark and request.output_type != "pil":
             raise InputError(f'a watermark goes into output_type "pil" only, found {request.output_type!r}')
+
+        if callback is not None:
+            steering().check(inputs)
 
         def on_step(i: int, step: Step) -> None:
             if watermark and i == 0:  # not after the whole run
                 watermarks().check(MULTIPLE * step.x.shape[3], MULTIPLE * step.x.shape[2])
-            if callback_on_step_end is not None:
-                from sdxl_ref.pipelines import steering  # of callbacks
-
-                steering.steer(step, callback_on_step_end(self, i, float(step.sigma), {"latents": step.x}))
+            if callback is not None:
+                steering().steer(self, request, callback, inputs, i, step)
 
         settings = recording().settings(self, request, watermark) if request.output_type == "pil" else {}
         result = self.run(request, on_step)
+        settings |= {"interrupted": True} if self._interrupt else {}
         if request.output_type == "np":
-            return PipelineOutput(result.cpu().permute(0, 2, 3, 1).numpy())  # (b,3,h,w) -> (b,h,w,3)
+            return result.cpu().permute(0, 2, 3, 1).numpy()  # (b,3,h,w) -> (b,h,w,3)
         if request.output_type != "pil":
-            return PipelineOutput(result)
+            return result
         embed = watermarks().embed if watermark else None
-        return PipelineOutput(recording().pictures(result, settings, embed))
+        return recording().pictures(result, settings, embed)
 
     def plan(self, request: Any) -> Any:
         """What will run, known before anything does; its `grid`, and `str` says it in a line.
@@ -111,6 +131,7 @@ class CallablePipeline:
 
             note_markup(prompts)
         results: list[Tensor] = []
+        self._interrupt = False
 
         def steps() -> Iterator[Step]:
             results.append((yield from self.steps(request)))
@@ -119,6 +140,8 @@ class CallablePipeline:
         for i, step in enumerate(tqdm(steps(), total=total, **{"unit": "step", **self._progress})):
             if on_step is not None:
                 on_step(i, step)
+            if self._interrupt:
+                return step.x if request.output_type == "latent" else self.decode(step.x)
         return results[0]
 
     def wrapped(self, denoise: Denoise) -> Denoise:
@@ -183,6 +206,13 @@ class CallablePipeline:
     def unload_lora_weights(self) -> None:
         """Take all adapters off: the weights are what they were, bit for bit."""
         self.adapters.unload()
+
+
+def steering() -> Any:
+    """The module of callbacks, imported where there is one."""
+    from sdxl_ref.pipelines import steering
+
+    return steering
 
 
 def watermarks() -> Any:

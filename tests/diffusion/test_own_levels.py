@@ -27,10 +27,18 @@ LISTS: dict[str, dict[str, Any]] = {
 }
 
 
+def without_steps(call: dict[str, Any]) -> dict[str, Any]:
+    """The list says how many there are."""
+    return {name: value for name, value in call.items() if name != "num_inference_steps"}
+
+
+SMALL = without_steps(pairs.SMALL)
+
+
 @pytest.mark.parametrize("name", LISTS)
 def test_text_to_image_is_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs.use_the_peers_table(monkeypatch)
-    call = pairs.text_request(**LISTS[name])
+    call = without_steps(pairs.text_request(**LISTS[name]))
     mine = pairs.base()(**call, generator=seeded(3)).images
     theirs = pairs.diffusers_base()(**call, generator=seeded(3)).images
     checks.close(mine, theirs, checks.PIPELINE, name)
@@ -41,7 +49,7 @@ def test_text_to_image_is_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_image_to_image_is_diffusers(name: str, strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers counts the steps of the strength in the list."""
     pairs.use_the_peers_table(monkeypatch)
-    call = pairs.request(**LISTS[name], strength=strength)
+    call = without_steps(pairs.request(**LISTS[name], strength=strength))
     mine = pairs.refiner()(**call, generator=seeded(3)).images
     theirs = pairs.diffusers_refiner()(**call, generator=seeded(3)).images
     checks.close(mine, theirs, checks.PIPELINE, name)
@@ -49,7 +57,7 @@ def test_image_to_image_is_diffusers(name: str, strength: float, monkeypatch: py
 
 def test_an_ensemble_hands_over_inside_its_own_levels() -> None:
     pipe = pairs.ensemble()
-    call = pairs.SMALL | {"sigmas": SIGMAS, "sampler": "dpmpp_2m"}
+    call = SMALL | {"sigmas": SIGMAS, "sampler": "dpmpp_2m"}
     plan = pipe.plan(pipe.request(prompt="a cup", **call))
     above = sum(sigma >= NoiseSchedule().switch_sigma(0.8) for sigma in SIGMAS)
     assert plan.evaluations == (above, 10 - above)
@@ -58,7 +66,7 @@ def test_an_ensemble_hands_over_inside_its_own_levels() -> None:
 
 def test_every_form_of_a_list() -> None:
     pipe = pairs.base()
-    call = pairs.SMALL | {"generator": None}
+    call = SMALL | {"generator": None}
     pictures = [
         pipe("a cup", **call | {"generator": seeded(0), "sigmas": form}).images
         for form in (SIGMAS, tuple(SIGMAS), np.array(SIGMAS), torch.tensor(SIGMAS, dtype=torch.float64))
@@ -68,10 +76,10 @@ def test_every_form_of_a_list() -> None:
 
 def test_the_plan_and_the_settings_tell() -> None:
     pipe = pairs.base()
-    request = pipe.request(prompt="a cup", **pairs.SMALL | {"sigmas": [10.0, 4.0, 0.2]})
+    request = pipe.request(prompt="a cup", **SMALL | {"sigmas": [10.0, 4.0, 0.2]})
     plan = str(pipe.plan(request))
     assert plan == "2 of 2 steps, sigma 10 → 0.2; own sigmas 10, 4, 0.2; the run ends at sigma 0.2: its noise stays in"
-    picture = pipe("a cup", **pairs.SMALL | {"timesteps": [900, 400], "output_type": "pil"}).images[0]
+    picture = pipe("a cup", **SMALL | {"timesteps": [900, 400], "output_type": "pil"}).images[0]
     recorded = json.loads(picture.info["sdxl_ref"])
     assert recorded["spacing"] == "own timesteps 900, 400"
     assert len(recorded["sigmas"]) == 3
@@ -87,6 +95,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too high": ({"timesteps": [1000, 1]}, "timesteps must be from 999 to 0"),
     "none": ({"timesteps": []}, "timesteps must be from 999 to 0"),
     "both": ({"timesteps": [9], "sigmas": [1, 0]}, "sigmas and timesteps both say"),
+    "other steps": ({"sigmas": [1, 0], "num_inference_steps": 7}, "sigmas make 1 steps, found num_inference_steps 7"),
     "a spacing": ({"sigmas": [1, 0], "spacing": "trailing"}, "spacing is of no use with sigmas"),
     "Karras": ({"timesteps": [9], "karras": True}, "karras is of no use with timesteps"),
 }
@@ -96,7 +105,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_lists(case: str) -> None:
     changes, message = BAD[case]
     with pytest.raises(InputError, match=message):
-        pairs.base()("a cup", **pairs.SMALL | changes)
+        pairs.base()("a cup", **SMALL | changes)
 
 
 def test_from_the_command_line(tiny_base_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 import pydoc
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
@@ -11,6 +12,7 @@ import numpy as np
 import pairs
 import pytest
 import torch
+from cases import sample
 from pairs import seeded
 from torch import Tensor
 
@@ -46,7 +48,8 @@ def test_the_signature_of_the_call_has_every_field_of_the_request_with_its_defau
     itself, prompt, *others = parameters
     assert (itself, prompt) == ("self", "prompt")
     own = {field.name: field for field in fields(pipe.request_type) if field.name != "prompt"}
-    assert others == [*own, "callback_on_step_end", "watermark"]
+    calls = ["callback_on_step_end", "callback_on_step_end_tensor_inputs", "watermark", "return_dict"]
+    assert others == [*own, *calls]
     for name, field in own.items():
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[name].default == field.default
@@ -202,13 +205,60 @@ def test_a_callback_sees_every_step(kind: str) -> None:
     pipe = PIPES[kind]()
     seen = []
 
-    def watch(pipeline: Any, i: int, sigma: float, tensors: dict[str, Tensor]) -> None:
+    def watch(pipeline: Any, i: int, timestep: float, tensors: dict[str, Tensor]) -> None:
         assert pipeline is pipe
-        seen.append((i, sigma, tuple(tensors["latents"].shape)))
+        seen.append((i, timestep, tuple(tensors["latents"].shape)))
 
     pipe(**arguments(kind), callback_on_step_end=watch)
-    sigmas = pipe.plan(pipe.request(**arguments(kind))).grid.sigmas.tolist()[1:]
-    assert seen == [(i, sigma, (1, 4, 8, 9)) for i, sigma in enumerate(sigmas)]
+    timesteps = pipe.plan(pipe.request(**arguments(kind))).grid.timesteps
+    assert seen == [(i, timestep, (1, 4, 8, 9)) for i, timestep in enumerate(timesteps)]
+
+
+@pytest.mark.parametrize("kind", sample(PIPES, "base"))
+@pytest.mark.parametrize("output_type", ["latent", "pt"])
+def test_a_callback_ends_the_run(kind: str, output_type: str) -> None:
+    pipe = PIPES[kind]()
+    states = []
+
+    def stop(pipeline: Any, i: int, _: float, tensors: dict[str, Tensor]) -> None:
+        states.append(tensors["latents"].clone())
+        pipeline._interrupt = i == 1
+
+    result = pipe(**arguments(kind, output_type=output_type), callback_on_step_end=stop).images
+    assert len(states) == 2
+    assert torch.equal(result, states[1] if output_type == "latent" else pipe.decode(states[1]))
+    states.clear()
+    pipe(**arguments(kind), callback_on_step_end=lambda *_: states.append(torch.zeros(1)))
+    assert len(states) > 2  # the next run is a whole one
+
+
+def test_an_interrupted_picture_says_so() -> None:
+    def stop(pipeline: Any, *_: Any) -> None:
+        pipeline._interrupt = True
+
+    [picture] = pairs.base()(**arguments("base", output_type="pil"), callback_on_step_end=stop).images
+    assert json.loads(picture.info["sdxl_ref"])["interrupted"] is True
+
+
+def test_what_a_callback_may_be_handed() -> None:
+    seen: list[Any] = []
+    watch = lambda *given: seen.append(given[3])  # noqa: E731
+    pairs.base()(**arguments("base"), callback_on_step_end=watch, callback_on_step_end_tensor_inputs=[])
+    assert seen[0] == {}
+    with pytest.raises(InputError, match=r'only "latents" are to be had, found .\'latents\', \'prompt_embeds\''):
+        pairs.base()(
+            **arguments("base"),
+            callback_on_step_end=watch,
+            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        )
+
+
+def test_a_plain_tuple() -> None:
+    output = pairs.base()(**arguments("base", generator=seeded(0)))
+    plain = pairs.base()(**arguments("base", generator=seeded(0)), return_dict=False)
+    assert type(plain) is tuple
+    assert len(plain) == 1
+    assert torch.equal(plain[0], output.images)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "unipc"])
