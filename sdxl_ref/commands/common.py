@@ -22,7 +22,7 @@ from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.saving import PREFIX, replacing
 
-GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale")  # fields of a request
+GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale", "guidance_interval")  # fields of a request
 OWN_LEVELS = ("sigmas", "timesteps")
 SAMPLING = ("sampler", "spacing", "karras", *OWN_LEVELS, *SAMPLER_OPTIONS)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures that are written
@@ -34,10 +34,11 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", required=True, help="what the picture shows")
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
     p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own, or euler")
-    add_request_options(p, Request, *GUIDANCE, "spacing", "karras", *SAMPLER_OPTIONS)
+    add_request_options(p, Request, *GUIDANCE[:3], "spacing", "karras", *SAMPLER_OPTIONS)
     for field in fields(Request):
-        if field.name in OWN_LEVELS:
-            p.add_argument(f"--{field.name}", type=levels, metavar="LIST|FILE", help=field.metadata["meaning"])
+        if field.name in (*OWN_LEVELS, "guidance_interval"):
+            flag = f"--{field.name.replace('_', '-')}"
+            p.add_argument(flag, type=levels, metavar="LIST|FILE", help=field.metadata["meaning"])
     p.add_argument("--variant", help=VARIANT)
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
@@ -67,12 +68,12 @@ def add_request_options(p: argparse.ArgumentParser, request_type: type[Request],
             p.add_argument(flag, action=action, help=meaning)
             continue
         kinds = get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-        number: Any = next((kind for kind in (int, float) if kind in kinds), str)
+        number: Any = next((kind for kind in (int, float) if kind in kinds or type(field.default) is kind), str)
         p.add_argument(flag, type=number, default=field.default, help=meaning)
 
 
 def levels(text: str) -> list[float]:
-    """Of `--sigmas` or `--timesteps`. The one place that imports what reads them."""
+    """Of an option that takes several numbers. The one place that imports what reads them."""
     from sdxl_ref.diffusion import own_levels
 
     try:

@@ -186,7 +186,7 @@ def record(
         settings["refiner"] = f"{name} [{weights['sha256'][:10]}]"  # as viewers know it
         settings["refiner_switch"] = None if a.two_stage else switch_share(plans[0].switch)
         settings["refiner_checkpoint"] = weights  # its VAE is not used: the base's decodes
-    settings["unconditional"] = "; ".join(sides) if a.guidance_scale > 1 else "none"
+    settings["unconditional"] = "; ".join(sides) if first.guided else "none"
     return settings
 
 

@@ -21,7 +21,7 @@ class Guidance:
     """
 
     denoise: Denoiser
-    scale: float
+    scale: float | Tensor  # (b,1,1,1): one for each picture
     rescale: float = 0.0
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:

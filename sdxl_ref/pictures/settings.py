@@ -12,7 +12,8 @@ SCHEDULES = {"linspace": "Uniform", "sgm": "SGM Uniform"}  # the web UI has no l
 
 def texts(settings: Mapping[str, Any]) -> dict[str, str]:
     """`parameters` and `sdxl_ref`, the JSON, as a PNG's text chunks and a picture's `info` have them."""
-    return {"parameters": parameters(settings), "sdxl_ref": json.dumps(settings, default=str)}
+    listed = lambda value: value.tolist() if hasattr(value, "tolist") else str(value)  # noqa: E731
+    return {"parameters": parameters(settings), "sdxl_ref": json.dumps(settings, default=listed)}
 
 
 def png_chunks(info: Mapping[str, str]) -> PngInfo:

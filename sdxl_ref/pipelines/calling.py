@@ -44,7 +44,6 @@ class CallablePipeline:
 
     def __init__(self) -> None:
         self.wrap_denoiser: Callable[[Denoise], Denoise] | None = None
-        self._interrupt = False  # a callback may set it: the run ends after that step
         self._progress: dict[str, Any] = {"disable": None}  # None: not where standard error is no terminal
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -72,36 +71,26 @@ class CallablePipeline:
         one into PIL pictures, which carry their settings in `info` (see `recording`). Returns a `PipelineOutput`, or a
         plain tuple without `return_dict`. TypeError for an unknown argument, InputError for a bad value.
         """
-        images = self._images(
-            self.request(prompt=prompt, **arguments),
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            watermark,
-        )
-        return PipelineOutput(images) if return_dict else (images,)
-
-    def _images(self, request: Any, callback: Callback | None, inputs: Sequence[str], watermark: bool) -> Any:
+        request = self.request(prompt=prompt, **arguments)
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        steer = None if callback_on_step_end is None else steering().steered(self, request, *callback)
         if watermark and request.output_type != "pil":
             raise InputError(f'a watermark goes into output_type "pil" only, found {request.output_type!r}')
-
-        if callback is not None:
-            steering().check(inputs)
 
         def on_step(i: int, step: Step) -> None:
             if watermark and i == 0:  # not after the whole run
                 watermarks().check(MULTIPLE * step.x.shape[3], MULTIPLE * step.x.shape[2])
-            if callback is not None:
-                steering().steer(self, request, callback, inputs, i, step)
+            if steer is not None:
+                steer(i, step)
 
         settings = recording().settings(self, request, watermark) if request.output_type == "pil" else {}
-        result = self.run(request, on_step)
+        images: Any = self.run(request, on_step)
         settings |= {"interrupted": True} if self._interrupt else {}
         if request.output_type == "np":
-            return result.cpu().permute(0, 2, 3, 1).numpy()  # (b,3,h,w) -> (b,h,w,3)
-        if request.output_type != "pil":
-            return result
-        embed = watermarks().embed if watermark else None
-        return recording().pictures(result, settings, embed)
+            images = images.cpu().permute(0, 2, 3, 1).numpy()  # (b,3,h,w) -> (b,h,w,3)
+        if request.output_type == "pil":
+            images = recording().pictures(images, settings, watermarks().embed if watermark else None)
+        return PipelineOutput(images) if return_dict else (images,)
 
     def plan(self, request: Any) -> Any:
         """What will run, known before anything does; its `grid`, and `str` says it in a line.
@@ -131,7 +120,7 @@ class CallablePipeline:
 
             note_markup(prompts)
         results: list[Tensor] = []
-        self._interrupt = False
+        self._interrupt = False  # a callback may set it: the run ends after that step
 
         def steps() -> Iterator[Step]:
             results.append((yield from self.steps(request)))

@@ -1,13 +1,16 @@
-"""A request to a model whose folder says how it is run. Loaded for such a model."""
+"""A request to a model whose folder says how it is run, or with levels of its own. Loaded for such a one."""
 
 from dataclasses import replace
 from typing import Any
 
 from sdxl_ref.config import SDXL, Defaults, InputError
+from sdxl_ref.diffusion import own_levels
 
 
 def completed(request: Any, defaults: Defaults) -> Any:
     """With the model's settings where the request says nothing. InputError where they cannot be had here."""
+    if request.has_own_levels:
+        return own_levels.completed(request, defaults)
     if defaults.refusal and None in (request.sampler, request.spacing):
         raise InputError(f"{defaults.refusal}: name the sampler and the spacing to use in its place")
     spacing = request.spacing
@@ -34,7 +37,9 @@ def not_used(request: Any, defaults: Defaults, refiner: Defaults) -> str:
 
 
 def left_open(request: Any, defaults: Defaults) -> str:
-    """What the settings decide, where they are not SDXL's, as a plan tells it."""
+    """What the settings decide, where they are not SDXL's, or which levels are the request's, as a plan tells it."""
+    if request.has_own_levels:
+        return own_levels.told(request, defaults)
     empty_prompt = ("zeros",) if request.guided and request.negative_prompt is None else ()
     settings = decided((*STEPPING, *empty_prompt), request, defaults, SDXL)
     return f"; the model's own: {settings}" if settings else ""

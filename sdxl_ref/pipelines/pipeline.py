@@ -19,7 +19,7 @@ from sdxl_ref.diffusion.steps import Denoise, Step
 from sdxl_ref.networks.vae import Posterior
 from sdxl_ref.noise import Generator
 from sdxl_ref.pipelines.calling import CallablePipeline
-from sdxl_ref.pipelines.request import Prompt, Request, Size
+from sdxl_ref.pipelines.request import Prompt, Request, Size, guidance_schedule
 from sdxl_ref.text.conditioning import Numbers, PromptEmbeds, conditioning_of, encode_text
 from sdxl_ref.weights.checkpoint import PARTS, Checkpoint, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
@@ -262,10 +262,11 @@ class Pipeline(CallablePipeline):
 
     def denoiser(self, request: Request, conditioning: Conditioning, grid: Grid) -> Denoise:
         """`denoise(x, sigma)`: the UNet under its conditioning, with guidance around it where there is any."""
-        prediction = Prediction(self.config.prediction, grid.timestep)
-        denoise = Denoiser(self.unet, prediction, conditioning)
+        denoise = Denoiser(self.unet, Prediction(self.config.prediction, grid.timestep), conditioning)
         if not request.guided:
             return denoise
+        if request.schedules_guidance:
+            return guidance_schedule().scheduled(request, denoise, grid)
         return Guidance(denoise, request.guidance_scale, request.guidance_rescale)
 
     def encode_image(self, images: Tensor, generator: Generator, copies: int = 1) -> Tensor:

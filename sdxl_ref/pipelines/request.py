@@ -31,15 +31,19 @@ def option(meaning: str, default: Any = MISSING) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What every pipeline takes. Sizes are (height, width)."""
+    """What every pipeline takes. Sizes are (height, width).
+
+    `guidance_scale` may be a list with a number for each step that runs, or a tensor (b,) with one for each picture.
+    """
 
     prompt: Prompt = option("what the pictures show: one text, or one for each")
     prompt_2: Prompt | None = option("base only: for the second text encoder; None: the prompt", None)
     negative_prompt: Prompt | None = option("what to steer away from; None: '' on a refiner, zeros on a base", None)
     negative_prompt_2: Prompt | None = option("base only: for the second text encoder; None: negative_prompt", None)
     num_inference_steps: int = option("steps of the whole schedule, 1 to 1000", 50)
-    guidance_scale: float = option("how far to go from the negative side; 1 or less: no guidance", 5.0)
+    guidance_scale: Any = option("how far to go from the negative side; 1 or less: no guidance", 5.0)
     guidance_rescale: float = option("0 to 1: pull the spread back to the positive side's", 0.0)
+    guidance_interval: Any = option("(low, high): guide between these sigmas alone, both included", None)
     generator: Generator | None = option("a torch.Generator, or one for each picture; None: seeded by the system", None)
     latents: Tensor | None = option("(b,4,h,w), what the run starts from: see the pipeline", None)
     num_images_per_prompt: int = option("pictures for each prompt", 1)
@@ -70,7 +74,9 @@ class Request:
             raise InputError(answer(self.sampler))
         if self.output_type not in OUTPUT_TYPES:
             raise InputError(unknown("output_type", self.output_type, OUTPUT_TYPES))
-        for name in ("guidance_scale", "aesthetic_score", "negative_aesthetic_score"):
+        if self.schedules_guidance:
+            guidance_schedule().check(self.guidance_scale, self.guidance_interval)
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise InputError(f"{name} must be a finite number, found {getattr(self, name)}")
         is_unlimited = self.s_tmax == math.inf
@@ -100,18 +106,18 @@ class Request:
 
     def completed(self: Self, defaults: Defaults) -> Self:
         """With a model's own way of running where this says nothing. InputError where that cannot be had here."""
-        if self.sigmas is not None or self.timesteps is not None:
-            return own_levels().completed(self, defaults)
-        if defaults != SDXL:
+        if defaults != SDXL or self.has_own_levels:
             return own_settings().completed(self, defaults)
         spacing = SDXL.spacing if self.spacing is None else self.spacing
         return replace(self, sampler=self.sampler or SDXL.sampler, spacing=spacing, karras=bool(self.karras))
 
     def left_open(self, defaults: Defaults) -> str:
         """What the model's own settings decide, where they are not SDXL's, or own levels, as a plan tells it."""
-        if self.sigmas is not None or self.timesteps is not None:
-            return own_levels().told(self, defaults)
-        return "" if defaults == SDXL else own_settings().left_open(self, defaults)
+        return "" if defaults == SDXL and not self.has_own_levels else own_settings().left_open(self, defaults)
+
+    @property
+    def has_own_levels(self) -> bool:
+        return self.sigmas is not None or self.timesteps is not None
 
     def sampler_options(self) -> dict[str, float]:
         """The options of the sampler that are not its own defaults."""
@@ -121,7 +127,15 @@ class Request:
     @property
     def guided(self) -> bool:
         """Whether the negative side runs."""
+        if self.schedules_guidance:
+            return guidance_schedule().is_guided(self.guidance_scale)
         return self.guidance_scale > 1
+
+    @property
+    def schedules_guidance(self) -> bool:
+        """Whether guidance is anything but one number everywhere."""
+        is_number = isinstance(self.guidance_scale, int | float) and math.isfinite(self.guidance_scale)
+        return self.guidance_interval is not None or not is_number
 
     @property
     def prompts(self) -> int:
@@ -130,17 +144,17 @@ class Request:
 
 
 def own_settings() -> Any:
-    """The module of models that are run in a way of their own, imported for one."""
+    """The module of runs that go another way than SDXL's own, imported for one."""
     from sdxl_ref.pipelines import own_settings
 
     return own_settings
 
 
-def own_levels() -> Any:
-    """The module of levels that are handed in, imported where there are some."""
-    from sdxl_ref.diffusion import own_levels
+def guidance_schedule() -> Any:
+    """The module of guidance that is not the same everywhere, imported where it is asked for."""
+    from sdxl_ref.diffusion import guidance_schedule
 
-    return own_levels
+    return guidance_schedule
 
 
 def check_texts(name: str, texts: Any) -> None:

@@ -9,20 +9,25 @@ from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.steps import Step
 
 
-def check(inputs: Sequence[str]) -> None:
-    """InputError where a callback is to be handed what is not to be had."""
+def steered(
+    pipe: Any, request: Any, callback: Callable[..., Any], inputs: Sequence[str]
+) -> Callable[[int, Step], None]:
+    """What calls a callback after each step, and goes on from the latents that it returns.
+
+    InputError where it is to be handed what is not to be had, and later unless it returns nothing, or latents alone.
+    """
     if list(inputs) not in ([], ["latents"]):
         raise InputError(f'callback_on_step_end_tensor_inputs: only "latents" are to be had, found {list(inputs)}')
+    timesteps = pipe.plan(request).grid.timesteps
 
+    def steer(i: int, step: Step) -> None:
+        changes = callback(pipe, i, timesteps[i], dict.fromkeys(inputs, step.x))
+        if changes is None or changes == {}:
+            return
+        latents = changes.get("latents") if isinstance(changes, dict) and len(changes) == 1 else None
+        if not isinstance(latents, Tensor) or latents.shape != step.x.shape:
+            expected = f'nothing or {{"latents": a tensor {tuple(step.x.shape)}}}'
+            raise InputError(f"expected callback_on_step_end to return {expected}, found {changes!r:.60}")
+        step.x.copy_(latents)
 
-def steer(pipe: Any, request: Any, callback: Callable[..., Any], inputs: Sequence[str], i: int, step: Step) -> None:
-    """Go on from the latents that a callback returned. InputError unless it returned nothing, or these alone."""
-    timestep = pipe.plan(request).grid.timesteps[i]
-    changes = callback(pipe, i, timestep, dict.fromkeys(inputs, step.x))
-    if changes is None or changes == {}:
-        return
-    latents = changes.get("latents") if isinstance(changes, dict) and len(changes) == 1 else None
-    if not isinstance(latents, Tensor) or latents.shape != step.x.shape:
-        expected = f'nothing or {{"latents": a tensor {tuple(step.x.shape)}}}'
-        raise InputError(f"expected callback_on_step_end to return {expected}, found {changes!r:.60}")
-    step.x.copy_(latents)
+    return steer
