@@ -68,7 +68,9 @@ def _rms(norm: nn.LayerNorm) -> Forward:
 
 
 @mistake("one group for each channel", nn.GroupNorm)
-def _instance_norm(norm: nn.GroupNorm) -> Forward:
+def _instance_norm(norm: nn.GroupNorm) -> Forward | None:
+    if norm.num_groups == norm.num_channels:
+        return None
     return lambda x: torch.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)
 
 

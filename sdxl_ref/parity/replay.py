@@ -86,6 +86,7 @@ class _Running:
     handed: list[Tensor]
     has_children: bool = False
     is_met: bool = False
+    is_given: bool = False  # whether theirs was handed the same: what differs inside is its own then
     is_unfit: str = ""  # who answers for what it was handed, if that is of another shape
     is_identity: bool = False
 
@@ -107,12 +108,13 @@ class Replay:
         self._is_unfit = ""  # who handed on what is of another shape
         self._is_spoiled = False  # whether a value of theirs was not finite
         self._handed: list[Tensor] = []  # to the module that is about to run
+        self._is_given = False  # whether that was met in theirs
 
     def enters(self, point: str) -> None:
         if self._running:
             self._running[-1].has_children = True
-        self._running.append(_Running(point, self._handed, is_unfit=self._is_unfit))
-        self._handed, self._is_unfit = [], ""
+        self._running.append(_Running(point, self._handed, is_given=self._is_given, is_unfit=self._is_unfit))
+        self._handed, self._is_given, self._is_unfit = [], False, ""
 
     def leaves(self, point: str) -> None:
         ended = self._running.pop()
@@ -122,6 +124,7 @@ class Replay:
     def handed(self, key: Key, value: Tensor) -> Tensor:
         other = self._exchange(key, value, self._answers_for(key, value))
         self._handed = [*self._handed, value, other]
+        self._is_given |= key in self.theirs
         if not self._running and key.call == 0:
             self.roots[key] = other.detach().clone()
         return other
@@ -141,7 +144,7 @@ class Replay:
     def _answers_for(self, key: Key, value: Tensor) -> str:
         """Who made what a module is handed: the one leaf that ran unseen since, or the module that runs around it.
 
-        A module that only hands on what it was handed itself has not made it.
+        A module that only hands on what it was handed itself has not made it, unless theirs was handed that too.
         """
         prefix = "refiner/" if key.point.startswith("refiner/") else ""
         name = str(key._replace(point=key.point.removeprefix(prefix), call=0))
@@ -154,7 +157,7 @@ class Replay:
         if len(set(self._unseen)) == 1:
             return self._unseen[-1]
         for module in reversed(self._running):
-            if not any(value is handed for handed in module.handed):
+            if module.is_given or not any(value is handed for handed in module.handed):
                 return module.point
         return self._running[0].point if self._running else key.point
 

@@ -42,7 +42,7 @@ SAME_THERE = {  # what is no mistake in this class: a VAE's attention has one he
     ("SiLU", nn.SiLU),
     ("quick gelu (x * sigmoid(1.702 x))", layers.QuickGELU),
 }
-TOO_SMALL = {"a norm with eps 1e-08", "a norm with eps 1e-12", "a norm with eps 0"}  # on maps of variance 1
+NOWHERE = {("a norm with eps 1e-05", nn.LayerNorm)}  # the eps of all of them
 
 
 @lru_cache
@@ -82,7 +82,10 @@ def places(mistake: Mistake, kind: type[nn.Module]) -> Iterator[tuple[str, str]]
 @pytest.mark.parametrize("case", sample(CASES, *USUAL), ids=lambda case: f"{case[1].__name__}: {case[0].text}")
 def test_a_mistake_in_a_module_is_named(case: Case) -> None:
     mistake, kind = case
-    part, name = next(places(mistake, kind))
+    part, name = next(places(mistake, kind), ("", ""))
+    assert bool(part) is ((mistake.text, kind) not in NOWHERE)
+    if not part:
+        return
     candidate = copy.deepcopy(network(part))
     with planted(candidate.get_submodule(name), mistake) as is_planted:
         assert is_planted
@@ -94,9 +97,6 @@ def test_a_mistake_in_a_module_is_named(case: Case) -> None:
     found = next(row for row in report.points if row.name == point)
     assert found.own is not None
     print(f"{point}: {mistake.text}: own error {found.own:.1e}, {found.own / found.budget:.1f} times the budget")
-    if mistake.text in TOO_SMALL:
-        assert found.own < 1e-6  # float32 cannot tell it from rounding
-        return
     assert report.culprits == [point]
     assert mistake.text in report.causes[point] or is_as_near(report.causes[point])
 
