@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 
 import checks
+import pairs
 import peers
 import pytest
 import torch
@@ -16,6 +17,9 @@ dtypes = pytest.mark.parametrize(
 )
 
 
+# With --packed, in place of FLOAT32. Norms over a map of one pixel multiply what rounding leaves: the plain network is
+# 3e-5 from float64 there, and only because diffusers' goes through the same kernels is it within FLOAT32 of that.
+ONE_PIXEL = 1e-4
 SIZES = [(12, 20), (13, 9), (1, 1)]  # of latents: odd sides meet the rounding of the levels below
 CASES = [
     *((size, torch.float64, checks.EXACT) for size in SIZES),
@@ -28,6 +32,8 @@ CASES = [
 @pytest.mark.parametrize("kind", ["refiner", "base"])
 @pytest.mark.parametrize(("size", "dtype", "bound"), CASES)
 def test_unet(kind: str, size: tuple[int, int], dtype: torch.dtype, bound: float) -> None:
+    if pairs.PACKED and size == (1, 1) and dtype == torch.float32:
+        bound = max(bound, ONE_PIXEL)
     checks.check_unet(kind, size, dtype, bound)
 
 
