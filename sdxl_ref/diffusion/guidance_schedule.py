@@ -76,10 +76,8 @@ def check(scale: Any, interval: Any) -> None:
     numbers = scale.flatten().tolist() if isinstance(scale, Tensor) else scale
     numbers = numbers if isinstance(numbers, Sequence) else [numbers]
     if isinstance(numbers, str) or not numbers or not all(is_number(number) for number in numbers):
-        raise InputError(
-            "guidance_scale must be a finite number, a list with one for each step, or a tensor with one for each "
-            f"picture, found {scale!r:.60}"
-        )
+        others = "" if isinstance(scale, Real) else ", one for each step in a list, or one for each picture in a tensor"
+        raise InputError(f"guidance_scale must be a finite number{others}, found {scale!r:.60}")
     if interval is None:
         return
     is_pair = isinstance(interval, Sequence) and not isinstance(interval, str) and len(interval) == 2

@@ -80,12 +80,17 @@ def test_a_trace_that_differs(kit: Path, traces: dict[str, Path], tmp_path: Path
     assert "http" not in page  # one page, and nothing around it
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_in_a_browser(width: int, kit: Path, traces: dict[str, Path], tmp_path: Path) -> None:
-    """A bar for each point, longer than the budget's line where one is at fault; pictures; nothing is cut off."""
-    path = tmp_path / "r.html"
+@pytest.fixture(scope="module")
+def written_page(kit: Path, traces: dict[str, Path]) -> Path:
+    path = kit.parent / "report.html"
     assert main(["parity", "compare", str(traces["broken"]), "--kit", str(kit), "--html", str(path)]) == 1
-    with opened(path, width) as shown:
+    return path
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(width: int, written_page: Path, tmp_path: Path) -> None:
+    """A bar for each point, longer than the budget's line where one is at fault; pictures; nothing is cut off."""
+    with opened(written_page, width) as shown:
         assert shown.evaluate("document.documentElement.scrollWidth") <= width
         assert shown.locator("h1").inner_text().endswith(": differs")
         rows = shown.locator(".points tr").count() - 1

@@ -95,9 +95,9 @@ def test_refiner_and_ensemble(kind: str) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a list too short": ({"guidance_scale": [5.0, 4.0]}, "expected a guidance_scale for each of 10 steps"),
     "too many pictures": ({"guidance_scale": torch.ones(3) * 5}, "for each of 1 pictures, found 3"),
-    "text": ({"guidance_scale": "high"}, "guidance_scale must be a finite number, a list"),
+    "text": ({"guidance_scale": "high"}, "guidance_scale must be a finite number, one for each step in a list"),
     "not finite": ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
-    "none": ({"guidance_scale": []}, "guidance_scale must be a finite number"),
+    "none": ({"guidance_scale": []}, "guidance_scale must be a finite number, one"),
     "the wrong way round": ({"guidance_interval": (5.0, 1.0)}, "guidance_interval must be two levels"),
     "one end": ({"guidance_interval": 5.0}, "guidance_interval must be two levels"),
     "below 0": ({"guidance_interval": (-1.0, 1.0)}, "guidance_interval must be two levels"),

@@ -32,7 +32,7 @@ from sdxl_ref.text.tokenizer import tokenize
 
 Case = tuple[Mistake, type[nn.Module]]
 CASES: list[Case] = [(mistake, kind) for mistake in MISTAKES for kind in mistake.kinds]
-USUAL = [CASES[0], CASES[40], CASES[-1]]
+USUAL = CASES[40]
 SAME_THERE = {  # what is no mistake in this class: a VAE's attention has one head
     ("a single head", vae.AttnBlock),
     ("half as many heads", vae.AttnBlock),
@@ -79,7 +79,7 @@ def places(mistake: Mistake, kind: type[nn.Module]) -> Iterator[tuple[str, str]]
                 yield part, name
 
 
-@pytest.mark.parametrize("case", sample(CASES, *USUAL), ids=lambda case: f"{case[1].__name__}: {case[0].text}")
+@pytest.mark.parametrize("case", sample(CASES, USUAL), ids=lambda case: f"{case[1].__name__}: {case[0].text}")
 def test_a_mistake_in_a_module_is_named(case: Case) -> None:
     mistake, kind = case
     part, name = next(places(mistake, kind), ("", ""))
@@ -155,7 +155,7 @@ def name_of(mistake: Between) -> str:
     return f"{mistake.point}: {mistake.text}"
 
 
-@pytest.mark.parametrize("mistake", sample(BETWEEN, BETWEEN[0], BETWEEN[-1]), ids=name_of)
+@pytest.mark.parametrize("mistake", sample(BETWEEN, BETWEEN[0]), ids=name_of)
 def test_a_mistake_between_the_networks_is_named(mistake: Between) -> None:
     pipe = reference()
     planter = Planter(mistake, pipe, kit().request(pipe).completed(pipe.defaults))

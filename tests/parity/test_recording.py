@@ -35,6 +35,7 @@ def test_the_run_is_the_same_to_the_bit(packed: bool, tiny_refiner_file: Path) -
     assert Key("unet/middle_block.1.transformer_blocks.0.attn1.to_q") in trace
 
 
+@pytest.mark.sweep
 def test_of_compiled_networks_the_outermost_is_seen(tiny_refiner_file: Path) -> None:
     """UNet, encoder and decoder are graphs, which have no modules inside; recording is no part of them."""
     pipe = pairs.ImageToImagePipeline.from_pretrained(tiny_refiner_file)

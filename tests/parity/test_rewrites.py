@@ -122,14 +122,17 @@ def judged(rewrite: Rewrite, dtype: torch.dtype, seed: int = 0) -> Report:
     return parity.compare(network, candidate, inputs(seed), dtype)
 
 
-@pytest.mark.parametrize(("name", "dtype"), diagonal([*REWRITES], [*DTYPES]))
+QUICK = [name for name in REWRITES if name != "compiled"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), diagonal(QUICK, [*DTYPES]))
 def test_a_rewrite_agrees(name: str, dtype: str) -> None:
     report = judged(REWRITES[name], DTYPES[dtype])
     assert report.culprits == []
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("seed", range(1, 10))
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", REWRITES)
 def test_a_rewrite_agrees_on_other_weights(name: str, dtype: torch.dtype, seed: int) -> None:

@@ -94,7 +94,7 @@ def test_the_prompt_alone_may_stand_without_its_name() -> None:
 @pytest.mark.parametrize("name", ["guidance_scale", "aesthetic_score"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"{name} must be a finite number.*, found {value}"):
+    with pytest.raises(InputError, match=f"{name} must be a finite number, found {value}"):
         Request(prompt="", **{name: value})
 
 
