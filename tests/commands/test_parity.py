@@ -87,7 +87,7 @@ def written_page(kit: Path, traces: dict[str, Path]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", sample([1280, 390], 390))
 def test_the_page_in_a_browser(width: int, written_page: Path, tmp_path: Path) -> None:
     """A bar for each point, longer than the budget's line where one is at fault; pictures; nothing is cut off."""
     with opened(written_page, width) as shown:
@@ -191,6 +191,7 @@ def test_a_run_of_a_command_is_recorded(tiny_refiner_file: Path, photo: Path, tm
     assert isinstance(trace.get(Key("sampler/0")), Sketch)
 
 
+@pytest.mark.sweep
 def test_a_live_peer_agrees(tiny_refiner_file: Path, capsys: Capture) -> None:
     assert (
         main(["parity", "run", "--checkpoint", str(tiny_refiner_file), "--against", "diffusers", "--side", "64"]) == 0
