@@ -23,8 +23,9 @@ from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.saving import PREFIX, replacing
 
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale", "guidance_interval")  # fields of a request
-OWN_LEVELS = ("sigmas", "timesteps")
-SAMPLING = ("sampler", "spacing", "karras", *OWN_LEVELS, *SAMPLER_OPTIONS)
+SAMPLING = ("sampler", "spacing", "karras", "sigmas", "timesteps", *SAMPLER_OPTIONS)
+LISTS = ("guidance_interval", "sigmas", "timesteps")  # of these: several numbers
+DTYPES = ("float32", "bfloat16", "float16")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures that are written
 VARIANT = "fp16: read files such as model.fp16.safetensors of a folder or a repository"
 SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
@@ -34,16 +35,16 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", required=True, help="what the picture shows")
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
     p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own, or euler")
-    add_request_options(p, Request, *GUIDANCE[:3], "spacing", "karras", *SAMPLER_OPTIONS)
+    add_request_options(p, Request, *(name for name in (*GUIDANCE, *SAMPLING) if name not in ("sampler", *LISTS)))
     for field in fields(Request):
-        if field.name in (*OWN_LEVELS, "guidance_interval"):
+        if field.name in LISTS:
             flag = f"--{field.name.replace('_', '-')}"
             p.add_argument(flag, type=levels, metavar="LIST|FILE", help=field.metadata["meaning"])
     p.add_argument("--variant", help=VARIANT)
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet returns, in place of what the file says")
     p.add_argument("--seed", type=seed, default=0, help="of the noise: the same seed, the same picture; -1 draws one")
     for part, what in (("", "of UNet and text encoders"), ("vae-", "of the VAE, which overflows in float16")):
-        p.add_argument(f"--{part}dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=what)
+        p.add_argument(f"--{part}dtype", default="float32", choices=DTYPES, help=what)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
     p.add_argument(
         "--plain", action="store_true", help="on a CPU: weights in their own order, not its kernels'; slower"

@@ -25,7 +25,6 @@ from sdxl_ref.weights.offload import Offload
 from sdxl_ref.weights.opening import open_checkpoint
 
 COMPONENTS = ("unet", "vae", "text", "sampler", "pipeline")
-DTYPES = ("float32", "bfloat16", "float16")
 LARGE = 2e9  # bytes of files
 MODEL = "file, folder, repository of the hub, or pocket"
 EXAMPLES = """examples:
@@ -65,13 +64,15 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help='their names of points -> official ones: {"mid_norm": "unet/middle_block.1.norm"}',
     )
-    compare.add_argument("--dtype", choices=DTYPES, help="in which theirs computed; else what their numbers need")
+    compare.add_argument(
+        "--dtype", choices=common.DTYPES, help="in which theirs computed; else what their numbers need"
+    )
     compare.add_argument("--layout", choices=("nchw", "nhwc"), default="nchw", help="of their maps")
     live = actions.add_parser("run", help="a live peer beside ours")
     live.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL)
     live.add_argument("--against", required=True, metavar="diffusers|FILE.py:function")
     live.add_argument("--part", choices=COMPONENTS, help="one component; else all of them")
-    live.add_argument("--dtype", default="float32", choices=DTYPES)
+    live.add_argument("--dtype", default="float32", choices=common.DTYPES)
     for action in (kit, live):
         action.add_argument("--side", type=int, metavar="PIXELS", help="of the run's picture; else at most 256")
     for action in (compare, live):

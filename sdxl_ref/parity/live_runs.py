@@ -81,9 +81,8 @@ def add(report: Report, other: Report) -> None:
     report.culprits += other.culprits
     report.causes |= other.causes
     report.pictures = other.pictures or report.pictures
-    report.notes += [
-        note for note in other.notes if "are not in the trace" not in note
-    ]  # modules that it has no like of
+    # A network of another kind has no like of some modules: that is no news.
+    report.notes += [note for note in other.notes if "are not in the trace" not in note]
 
 
 def inputs_of(pipe: Any, side: int | None) -> dict[str, Sequence[Tensor]]:
