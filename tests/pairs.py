@@ -167,10 +167,18 @@ def diffusers_base(
     return diffusers_pipeline("StableDiffusionXLPipeline", kind, scheduler, spacing, options)
 
 
-def diffusers_base_img2img(scheduler: str = "EulerDiscreteScheduler", kind: str = "base", **options: Any) -> Any:
-    """The base's own parts in the pipeline that goes on from noisy latents."""
+def diffusers_base_img2img(
+    scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading", kind: str = "base", **options: Any
+) -> Any:
+    """The base's own parts in the pipeline of pictures and noisy latents."""
     name = "StableDiffusionXLImg2ImgPipeline"
-    return diffusers_pipeline(name, kind, scheduler, "leading", options, requires_aesthetics_score=False)
+    return diffusers_pipeline(name, kind, scheduler, spacing, options, requires_aesthetics_score=False)
+
+
+def diffusers_inpaint(kind: str, scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading") -> Any:
+    """With a UNet of 4 channels: it pastes the noised picture in between the steps."""
+    options = {"requires_aesthetics_score": CONFIGS[kind].kind == "refiner"}
+    return diffusers_pipeline("StableDiffusionXLInpaintPipeline", kind, scheduler, spacing, {}, **options)
 
 
 def diffusers_refiner(

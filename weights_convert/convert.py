@@ -15,6 +15,7 @@ from sdxl_ref.config import BASE_1_0, REFINER_1_0, InputError, ModelConfig
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, SETTINGS_KEY, Checkpoint, prefixes
 from sdxl_ref.weights.folder import EXTRAS_FILE, Folder
+from sdxl_ref.weights.identity import name_of
 from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.lone_parts import LonePart, find_lone_part, open_part
 from sdxl_ref.weights.opening import open_checkpoint
@@ -64,7 +65,7 @@ def convert(
     )
     read_from = [original.path, *(path for path in (vae, openclip) if path is not None)]
     check_apart(target, read_from, is_folder=to == "diffusers")
-    report = Report([f"{source}: {lone.name if lone else original.name}"])
+    report = Report([f"{source}: {lone.name if lone else name_of(original)}"])
     if lone or part:
         if vae or openclip:
             raise InputError("--vae and --openclip go into a whole model: leave them out for one part of it")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sdxl_ref.adapters.report import adapter_file
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.checkpoint import KNOWN_FILES, Checkpoint
+from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.dtypes import DTYPE_NAMES, is_finite
+from sdxl_ref.weights.identity import KNOWN_FILES
 from sdxl_ref.weights.lone_parts import find_lone_part, open_part
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import HEADER_LENGTH, dtypes_of

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError
+from sdxl_ref.pipelines.adapting import adapters
 from sdxl_ref.weights.tensor_files import sha256_of
 
 
@@ -34,6 +35,7 @@ def files(texts: Sequence[str]) -> list[Path]:
 
 def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
     """Put adapters on a pipeline and say where they fit; returns what its settings say."""
+    active = adapters(pipe)
     names = []
     scales = []
     digests = []
@@ -42,12 +44,12 @@ def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
         name = f"{i} {path.stem}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what of it does not fit is in the report
-            reports = pipe.adapters.load(path, name, activate=False)
+            reports = active.load(path, name, activate=False)
         for model, report in reports:
             print(f"{path.name} at {scale:g} on the {model.config.kind}: {report}")
         names.append(name)
         scales.append(scale)
-        digests.append(sha256_of(pipe.adapters.file(name)))
+        digests.append(sha256_of(active.file(name)))
     pipe.set_adapters(names, scales)
     hashes = ", ".join(f"{name.split(' ', 1)[1]}: {digest[:12]}" for name, digest in zip(names, digests, strict=True))
     return {"lora": list(texts), "lora_sha256": digests, "lora_hashes": hashes}

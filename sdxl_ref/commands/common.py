@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from itertools import count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from sdxl_ref.diffusion.samplers import SAMPLERS
 from sdxl_ref.pictures.settings import png_chunks, texts
 from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
 from sdxl_ref.weights.checkpoint import Checkpoint
+from sdxl_ref.weights.identity import name_of, vae_name
 from sdxl_ref.weights.saving import PREFIX, replacing
 
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale", "guidance_interval")  # fields of a request
@@ -28,7 +30,15 @@ LISTS = ("guidance_interval", "sigmas", "timesteps")  # of these: several number
 DTYPES = ("float32", "bfloat16", "float16")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures that are written
 VARIANT = "fp16: read files such as model.fp16.safetensors of a folder or a repository"
+SWITCHES = ("switch", "switch_sigma", "switch_step")  # of the ensemble
 SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
+
+
+def add_switch_options(p: argparse.ArgumentParser) -> None:
+    """Those of the ensemble, without its module: see `EnsembleRequest`."""
+    p.add_argument("--switch", type=float, help="hand-off after this share of the training steps, in (0, 1] (0.8)")
+    p.add_argument("--switch-sigma", type=float, help="the lowest noise level that is the base's, instead")
+    p.add_argument("--switch-step", type=int, help="the number of steps that start in the base, instead")
 
 
 def add_sampling_options(p: argparse.ArgumentParser) -> None:
@@ -139,7 +149,7 @@ def check_writable(*paths: Path | None, read: Sequence[object] = ()) -> None:
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a picture's settings say of what made it. Reads the file once, for its hash."""
     digest = checkpoint.sha256()
-    weights = {"file": checkpoint.path.name, "sha256": digest, "vae": checkpoint.vae_name(digest)}
+    weights = {"file": checkpoint.path.name, "sha256": digest, "vae": vae_name(checkpoint, digest)}
     return {"checkpoint": weights, "versions": versions()}
 
 
@@ -162,7 +172,7 @@ def versions() -> dict[str, str]:
 
 
 def say_what_runs(checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
-    print(f"{checkpoint.path.name}: {checkpoint.name}, {dtype} on {device}")
+    print(f"{checkpoint.path.name}: {name_of(checkpoint)}, {dtype} on {device}")
     if checkpoint.note:
         print(f"note: {checkpoint.note}")
 
@@ -193,6 +203,41 @@ def save_latents(path: Path | None, latents: torch.Tensor, sigma: float) -> None
         from sdxl_ref.weights.file_saving import save_latents
 
         save_latents(path, latents, sigma)
+
+
+def free_name(path: Path, pictures: int = 1) -> Path:
+    """A default name of results: with a number where one of them is there, `generated-2.png`: nothing is replaced."""
+    numbers = count(2)
+    free = path
+    while any(map(os.path.lexists, (free, *names_of_several(free, pictures)))):
+        free = path.with_stem(f"{path.stem}-{next(numbers)}")
+    return free
+
+
+def names_of_several(path: Path, pictures: int) -> list[Path]:
+    """One for each picture, numbered from 0; their contact sheet has the name itself. Of one picture, the name."""
+    return [path] if pictures == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(pictures)]
+
+
+def experts() -> Any:
+    """The module of a base and a refiner together, imported where both are named."""
+    from sdxl_ref.commands import experts
+
+    return experts
+
+
+def masking() -> Any:
+    """The module of `--mask`, imported where it is given."""
+    from sdxl_ref.pipelines import masking
+
+    return masking
+
+
+def watermarks() -> Any:
+    """The module of `--watermark`, imported where it is given."""
+    from sdxl_ref.pictures import watermark
+
+    return watermark
 
 
 def adapter_files(texts: Sequence[str]) -> list[Path]:

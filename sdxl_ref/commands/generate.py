@@ -9,23 +9,23 @@ from typing import Any
 import torch
 
 from sdxl_ref.commands import common
-from sdxl_ref.commands.common import SHARED
+from sdxl_ref.commands.common import SHARED, SWITCHES
+from sdxl_ref.commands.experts import opened, refiner_settings
 from sdxl_ref.config import InputError
-from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.sheets import contact_sheet
 from sdxl_ref.pictures.watermark import check as check_watermark
 from sdxl_ref.pictures.watermark import embed
 from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest
-from sdxl_ref.pipelines.image_to_image import STRENGTH, ImageToImagePipeline, ImageToImageRequest
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
+from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+from sdxl_ref.pipelines.plans import STRENGTH
+from sdxl_ref.pipelines.request import Request
+from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.offload import Offload
 
 BASE_ONLY = ("prompt_2", "negative_prompt_2", "height", "width")
 SCORES = ("aesthetic_score", "negative_aesthetic_score")
-SWITCHES = ("switch", "switch_sigma", "switch_step")
-Files = tuple[Checkpoint, Checkpoint | None]  # the base's, and the refiner's where there is one
 EXAMPLES = """examples:
   base alone:   sdxl-ref generate --base BASE --prompt "a red barn"
   ensemble:     sdxl-ref generate --base BASE --refiner REFINER --prompt "a red barn" --karras
@@ -34,7 +34,8 @@ EXAMPLES = """examples:
 BASE and REFINER are safetensors files in the official layout, folders in diffusers' layout, repositories of the hub by
 their id, or "pocket": the small pair, of 128 pixels, that is installed with this package. The ensemble is one run: the
 base denoises first, the refiner from the hand-off on. --switch counts training steps (noise levels), not sampling
-steps: with --karras 0.8 can mean 12 of 20 steps; the plan that is printed says. Without --out: generated.png.
+steps: with --karras 0.8 can mean 12 of 20 steps; the plan that is printed says. Without --out: generated.png, or
+generated-2.png where that is there.
 """
 
 
@@ -52,8 +53,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     check(a)
-    out = a.out or Path("generated.png")
-    outs = [out.with_stem(f"{out.stem}-{i}") for i in range(a.num_images)] if a.num_images > 1 else [out]
+    out = a.out or common.free_name(Path("generated.png"), a.num_images)
+    outs = common.names_of_several(out, a.num_images)
     models = [a.base] if a.refiner in (None, a.base) else [a.base, a.refiner]
     common.check_writable(
         *dict.fromkeys((*outs, out)), a.save_latents, read=[*models, a.vae, *common.adapter_files(a.lora)]
@@ -61,8 +62,7 @@ def run(a: argparse.Namespace) -> None:
     common.check_format(out)
     seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
     first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds])
-    refiner_file = None if a.refiner is None else ImageToImagePipeline.open(a.refiner, a.variant, vae=True)
-    files = TextToImagePipeline.open(a.base, a.variant, vae=a.vae), refiner_file
+    files = opened(a.base, a.refiner, a.variant, a.vae)
     plans = say_plans(a, files, first, second)
 
     device = common.pick_device(a.device)
@@ -111,52 +111,50 @@ def check(a: argparse.Namespace) -> None:
         raise InputError(f"--num-images must be from 1 to 1000, found {a.num_images}")
 
 
-def requests(
-    a: argparse.Namespace, generators: list[torch.Generator]
-) -> tuple[TextToImageRequest, ImageToImageRequest]:
+def requests(a: argparse.Namespace, generators: list[torch.Generator]) -> tuple[Request, Request]:
     """Of the first run, base or ensemble, and of the second stage, whose picture is the first one's. Both end in
     latents."""
     common: dict[str, Any] = {name: getattr(a, name) for name in SHARED}
     common |= {"num_inference_steps": a.steps, "generator": generators, "output_type": "latent"}
     scores = {name: getattr(a, name) for name in SCORES}
     first = common | {name: getattr(a, name) for name in BASE_ONLY} | {"num_images_per_prompt": a.num_images}
-    second = common | scores | {"prompt": [a.prompt] * a.num_images, "strength": a.strength}
+    strength = STRENGTH if a.strength is None else a.strength
+    second = common | scores | {"prompt": [a.prompt] * a.num_images, "strength": strength}
     if a.refiner is None or a.two_stage:
-        return TextToImageRequest(**first), ImageToImageRequest(**second)
+        return Request(**first), Request(**second)
     switches = {name: getattr(a, name) for name in SWITCHES}
-    return EnsembleRequest(**first, **scores, **switches), ImageToImageRequest(**second)
+    return EnsembleRequest(**first, **scores, **switches), Request(**second)
 
 
-def say_plans(a: argparse.Namespace, files: Files, first: TextToImageRequest, second: ImageToImageRequest) -> list[Any]:
+def say_plans(a: argparse.Namespace, files: Sequence[Checkpoint], first: Request, second: Request) -> list[Any]:
     """The plans of the runs, printed before the weights are read."""
-    base, refiner = files
+    defaults = [file.defaults for file in files]
     if isinstance(first, EnsembleRequest):
-        assert refiner is not None
-        plans: list[Any] = [EnsemblePipeline.plan_for(first, base.defaults, refiner.defaults)]
+        plans: list[Any] = [EnsemblePipeline.plan_for(first, *defaults)]
     else:
-        plans = [TextToImagePipeline.plan_for(first, base.defaults)]
-    if a.two_stage and refiner is not None:
-        plans.append(ImageToImagePipeline.plan_for(second, refiner.defaults))
+        plans = [TextToImagePipeline.plan_for(first, defaults[0])]
+    if a.two_stage:
+        plans.append(ImageToImagePipeline.plan_for(second, defaults[1]))
     for name, plan in zip(("base ", "refiner ") if a.two_stage else ("",), plans, strict=True):
         print(f"plan: {name}{plan}", flush=True)
     return plans
 
 
 def pipelines(
-    a: argparse.Namespace, files: Files, device: torch.device
+    a: argparse.Namespace, files: Sequence[Checkpoint], device: torch.device
 ) -> tuple[TextToImagePipeline, ImageToImagePipeline | None, Sequence[dict[str, Any]]]:
     """Open the base, and the refiner where there is one; it decodes by the base's VAE. And what the settings say of
     their files."""
     options: dict[str, Any] = {"device": device, "prediction": a.prediction} | common.dtypes(a)
     if a.low_memory:
         options["offload"] = Offload(device)
-    first, second = files
-    identities = common.identities(*(checkpoint for checkpoint in (first, second) if checkpoint is not None))
-    base = TextToImagePipeline.from_pretrained(first, **options)
-    refiner = None if second is None else ImageToImagePipeline.from_pretrained(second, **options, vae=base.vae)
-    for pipe in (base, refiner):
-        if pipe is not None and pipe.checkpoint is not None:
-            common.say_what_runs(pipe.checkpoint, a.dtype, device)
+    identities = common.identities(*files)
+    base = TextToImagePipeline.from_pretrained(files[0], **options)
+    refiner = None
+    if len(files) == 2:
+        refiner = ImageToImagePipeline.from_pretrained(files[1], **options, vae=base.vae)
+    for file in files:
+        common.say_what_runs(file, a.dtype, device)
     return base, refiner, identities()
 
 
@@ -166,8 +164,8 @@ def record(
     refiner: ImageToImagePipeline | None,
     plans: list[Any],
     identities: Sequence[dict[str, Any]],
-    first: TextToImageRequest,
-    second: ImageToImageRequest,
+    first: Request,
+    second: Request,
 ) -> dict[str, Any]:
     """Everything that it takes to make the pictures again but their size, seed and adapters."""
     own = ("command", "dtype", "vae_dtype", "watermark", *SHARED, *BASE_ONLY)
@@ -181,16 +179,6 @@ def record(
         settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
         if a.two_stage:
             settings["strength"] = STRENGTH if a.strength is None else a.strength
-        weights = {name: identities[1]["checkpoint"][name] for name in ("file", "sha256")}
-        name = weights["file"].removesuffix(".safetensors")
-        settings["refiner"] = f"{name} [{weights['sha256'][:10]}]"  # as viewers know it
-        settings["refiner_switch"] = None if a.two_stage else switch_share(plans[0].switch)
-        settings["refiner_checkpoint"] = weights  # its VAE is not used: the base's decodes
+        settings |= refiner_settings(identities[1], None if a.two_stage else plans[0].switch)
     settings["unconditional"] = "; ".join(sides) if first.guided else "none"
     return settings
-
-
-def switch_share(sigma: float) -> float:
-    """The share of the training steps, from the noisiest, at this level or above: the web UI's switch."""
-    levels = NoiseSchedule().sigmas
-    return len(levels[levels >= sigma]) / len(levels)

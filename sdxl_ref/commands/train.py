@@ -36,6 +36,7 @@ from sdxl_ref.training.processes import (
 from sdxl_ref.training.results import ADAPTERS, CHECKPOINT, write_adapter, write_checkpoint
 from sdxl_ref.training.state import LOG, STATE, check_same, read_log
 from sdxl_ref.weights.checkpoint import CONFIG_KEY, PREDICTION_KEYS, Checkpoint, build_empty, prefixes
+from sdxl_ref.weights.identity import name_of
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.stated_config import config_to_json
 
@@ -228,7 +229,7 @@ def train(
     checkpoint = plan.checkpoint
     config = checkpoint.config
     dtype = getattr(torch, a.dtype)
-    report(f"{checkpoint.path.name}: {checkpoint.name}, {a.dtype} on {device}")
+    report(f"{checkpoint.path.name}: {name_of(checkpoint)}, {a.dtype} on {device}")
     if checkpoint.note:
         report(f"note: {checkpoint.note}")
     if a.full and checkpoint.defaults != SDXL:

@@ -7,9 +7,10 @@ packed as the ecosystem's pipelines pack it.
 import functools
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import MISSING, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import fields
+from importlib import import_module
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,8 @@ from tqdm import tqdm
 
 from sdxl_ref.config import Defaults, InputError, unknown
 from sdxl_ref.diffusion.steps import Denoise, Step
-from sdxl_ref.pictures.images import MULTIPLE
+from sdxl_ref.pipelines import recording
 from sdxl_ref.pipelines.request import Prompt, Request
-
-if TYPE_CHECKING:
-    from sdxl_ref.adapters.active import Adapters
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 Steps = Generator[Step, None, Tensor]  # returns pictures (b,3,H,W) in [0,1], or latents (b,4,h,w)
@@ -33,6 +31,23 @@ class PipelineOutput(NamedTuple):
     images: Any  # as `output_type` says: PIL pictures, (b,H,W,3) array, (b,3,H,W) tensor, or latents (b,4,h,w)
 
 
+class Elsewhere:
+    """A method of pipelines that an ordinary run does not call: the function of its name in a module of this package.
+
+    The module is imported, here alone, when the method is first asked for.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = f"sdxl_ref.pipelines.{module}"
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, pipe: Any, owner: type) -> Any:
+        function = getattr(import_module(self.module), self.name)
+        return function if pipe is None else MethodType(function, pipe)
+
+
 class CallablePipeline:
     """The base class of all pipelines. `request_type` is what `steps` takes; the call takes its fields."""
 
@@ -41,6 +56,16 @@ class CallablePipeline:
     steps: Callable[[Any], Steps]
     decode: Callable[[Tensor], Tensor]
     defaults: Defaults  # how the model is run where a request leaves it open
+
+    steered = Elsewhere("steering")
+    mask_of = Elsewhere("masking")
+    pack = Elsewhere("packed")
+    unpack = Elsewhere("packed")
+    load_lora_weights = Elsewhere("adapting")
+    set_adapters = Elsewhere("adapting")
+    get_active_adapters = Elsewhere("adapting")
+    unload_lora_weights = Elsewhere("adapting")
+    enable_model_cpu_offload = Elsewhere("ecosystem")
 
     def __init__(self) -> None:
         self.wrap_denoiser: Callable[[Denoise], Denoise] | None = None
@@ -72,24 +97,18 @@ class CallablePipeline:
         plain tuple without `return_dict`. TypeError for an unknown argument, InputError for a bad value.
         """
         request = self.request(prompt=prompt, **arguments)
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        steer = None if callback_on_step_end is None else steering().steered(self, request, *callback)
         if watermark and request.output_type != "pil":
             raise InputError(f'a watermark goes into output_type "pil" only, found {request.output_type!r}')
-
-        def on_step(i: int, step: Step) -> None:
-            if watermark and i == 0:  # not after the whole run
-                watermarks().check(MULTIPLE * step.x.shape[3], MULTIPLE * step.x.shape[2])
-            if steer is not None:
-                steer(i, step)
-
-        settings = recording().settings(self, request, watermark) if request.output_type == "pil" else {}
+        on_step = None
+        if callback_on_step_end is not None or watermark:
+            on_step = self.steered(request, callback_on_step_end, callback_on_step_end_tensor_inputs, watermark)
+        settings = recording.settings(self, request, watermark) if request.output_type == "pil" else {}
         images: Any = self.run(request, on_step)
         settings |= {"interrupted": True} if self._interrupt else {}
         if request.output_type == "np":
             images = images.cpu().permute(0, 2, 3, 1).numpy()  # (b,3,h,w) -> (b,h,w,3)
         if request.output_type == "pil":
-            images = recording().pictures(images, settings, watermarks().embed if watermark else None)
+            images = recording.pictures(images, settings)
         return PipelineOutput(images) if return_dict else (images,)
 
     def plan(self, request: Any) -> Any:
@@ -130,8 +149,15 @@ class CallablePipeline:
             if on_step is not None:
                 on_step(i, step)
             if self._interrupt:
-                return step.x if request.output_type == "latent" else self.decode(step.x)
+                return self.finished(request, step)
         return results[0]
+
+    def finished(self, request: Request, step: Step, mask: Any = None) -> Tensor:
+        """The result of the last step: outside a mask it is the picture's own."""
+        x = step.x if mask is None else mask.kept(step.x, step.sigma)
+        if request.output_type == "latent":
+            return x
+        return self.decode(x) if mask is None else mask.paste(self.decode(x))
 
     def wrapped(self, denoise: Denoise) -> Denoise:
         """The user's function around `denoise(x, sigma)`, if there is one."""
@@ -141,81 +167,15 @@ class CallablePipeline:
         """Options of tqdm's bar: `disable=True` hides it."""
         self._progress |= options
 
-    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Keep the networks in the CPU's memory; each moves to the device when it works, and back for the next one.
-
-        Where there is no such device, a warning says so and everything stays where it is. InputError where parts come
-        when they work already. The one place that imports offloading.
-        """
-        from sdxl_ref.weights.offload import model_cpu_offload
-
-        model_cpu_offload(self.models(), device)
-
-    def pack(self) -> None:
-        """Pack the networks for inference on this CPU, in place: see `sdxl_ref.pack`. InputError where it cannot be."""
-        from sdxl_ref.pipelines import packed
-
-        packed.pack(self.models())
-
-    def unpack(self) -> None:
-        """Have plain weights again, to the bit; only these are trained, saved or moved."""
-        from sdxl_ref.pipelines import packed
-
-        packed.unpack(self.models())
-
     def _no_scheduler(self, *_: Any) -> Any:
         """How a run steps is said by its arguments, or by a folder's scheduler settings where these are left out."""
         raise AttributeError("there is no scheduler object: the call takes sampler=, spacing=, karras=, eta=, s_noise=")
 
     scheduler = property(_no_scheduler, _no_scheduler)
 
-    @property
-    def adapters(self) -> "Adapters":
-        """The adapters of the networks. The one place that imports them, when they are first asked for."""
-        from sdxl_ref.adapters.active import Adapters
-
-        return Adapters(*self.models())
-
     def models(self) -> Sequence[Any]:
         """The pipelines of one model each that this one is made of."""
         return [self]
-
-    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None) -> None:
-        """Put an adapter (LoRA) on, under a name; without one, its file's. The same name again replaces it."""
-        self.adapters.load(path, adapter_name)
-
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
-        """Make these adapters the active ones, each at its weight; without weights, at 1."""
-        self.adapters.set(adapter_names, adapter_weights)
-
-    def get_active_adapters(self) -> list[str]:
-        """The names of the adapters that change the weights now."""
-        return self.adapters.active
-
-    def unload_lora_weights(self) -> None:
-        """Take all adapters off: the weights are what they were, bit for bit."""
-        self.adapters.unload()
-
-
-def steering() -> Any:
-    """The module of callbacks, imported where there is one."""
-    from sdxl_ref.pipelines import steering
-
-    return steering
-
-
-def watermarks() -> Any:
-    """The module of the watermark, imported when one is asked for."""
-    from sdxl_ref.pictures import watermark
-
-    return watermark
-
-
-def recording() -> Any:
-    """The module of the settings that pictures carry, imported when a call makes PIL pictures."""
-    from sdxl_ref.pipelines import recording
-
-    return recording
 
 
 def _documented(call: Callable[..., PipelineOutput], request_type: type[Request]) -> Callable[..., PipelineOutput]:
@@ -226,15 +186,10 @@ def _documented(call: Callable[..., PipelineOutput], request_type: type[Request]
         return call(self, prompt, **arguments)
 
     itself, prompt, *others = inspect.signature(call).parameters.values()
-    parameters = []
-    lines = []
-    for field in fields(request_type):
-        if field.name == prompt.name:
-            continue
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=field.type))
-        lines.append(f"{field.name} = {default!r}: {field.metadata['meaning']}")
+    options = [field for field in fields(request_type) if field.name != prompt.name]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(o.name, kind, default=o.default, annotation=o.type) for o in options]
+    lines = [f"{option.name} = {option.default!r}: {option.metadata['meaning']}" for option in options]
     own = [other for other in others if other.kind is inspect.Parameter.KEYWORD_ONLY]
     documented.__signature__ = inspect.Signature([itself, prompt, *parameters, *own])  # type: ignore[attr-defined]
     documented.__doc__ = "\n".join([inspect.getdoc(call) or "", "", *lines])

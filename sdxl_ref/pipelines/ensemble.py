@@ -15,9 +15,12 @@ from sdxl_ref.diffusion.schedule import Grid, NoiseSchedule
 from sdxl_ref.diffusion.steps import Denoise
 from sdxl_ref.pipelines.calling import CallablePipeline, Steps
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
+from sdxl_ref.pipelines.model import check_kind
 from sdxl_ref.pipelines.pipeline import Pipeline, sample
-from sdxl_ref.pipelines.request import option, own_settings
-from sdxl_ref.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
+from sdxl_ref.pipelines.plans import plan_of
+from sdxl_ref.pipelines.request import Request, option, own_settings
+from sdxl_ref.pipelines.starts import start_of
+from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.offload import Offload
 from sdxl_ref.weights.opening import WHERE
@@ -26,7 +29,7 @@ SHARE = 0.8  # of the training steps that are the base's
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnsembleRequest(TextToImageRequest):
+class EnsembleRequest(Request):
     """Where the refiner takes over, in one of three units."""
 
     switch: float | None = option("hand-off after this share of the training steps, in (0, 1]; None: 0.8", None)
@@ -91,10 +94,10 @@ class EnsemblePipeline(CallablePipeline):
     device = _part_of_base("device")
     dtype = _part_of_base("dtype")
 
-    def __init__(self, base: TextToImagePipeline, refiner: ImageToImagePipeline) -> None:
+    def __init__(self, base: Pipeline, refiner: Pipeline) -> None:
         super().__init__()
-        TextToImagePipeline.check(base.config)
-        ImageToImagePipeline.check(refiner.config)
+        check_kind("base", base.config)
+        check_kind("refiner", refiner.config)
         if base.config.vae.scale_factor != refiner.config.vae.scale_factor:
             scales = f"{base.config.vae.scale_factor} and {refiner.config.vae.scale_factor}"
             raise InputError(f"expected a base and a refiner of one latent space, found latents scaled by {scales}")
@@ -104,8 +107,8 @@ class EnsemblePipeline(CallablePipeline):
     @classmethod
     def from_pretrained(
         cls,
-        base: str | Path | Checkpoint | TextToImagePipeline,
-        refiner: str | Path | Checkpoint | ImageToImagePipeline,
+        base: str | Path | Checkpoint | Pipeline,
+        refiner: str | Path | Checkpoint | Pipeline,
         *,
         low_memory: bool = False,
         **options: Any,
@@ -123,11 +126,12 @@ class EnsemblePipeline(CallablePipeline):
         if isinstance(refiner, str | Path | Checkpoint):  # a wrong file is found out before the base is read
             where = {key: options[key] for key in WHERE if key in options} | {"vae": True}  # the base's decodes
             refiner = ImageToImagePipeline.open(refiner, **where)
+            check_kind("refiner", refiner.config, refiner.path)
         if low_memory:
             options["offload"] = Offload(options.get("device", "cpu"))
-        if not isinstance(base, TextToImagePipeline):
+        if not isinstance(base, Pipeline):
             base = TextToImagePipeline.from_pretrained(base, **options)
-        if not isinstance(refiner, ImageToImagePipeline):
+        if not isinstance(refiner, Pipeline):
             refiner = ImageToImagePipeline.from_pretrained(refiner, **{**options, "vae": base.vae})
         return cls(base, refiner)
 
@@ -135,6 +139,10 @@ class EnsemblePipeline(CallablePipeline):
 
     def models(self) -> Sequence[Pipeline]:
         return [self.base, self.refiner]
+
+    def unconditional(self, request: Request) -> str:
+        """What each expert's negative side reads, in words."""
+        return "; ".join(f"{model.config.kind} {model.unconditional(request)}" for model in self.models())
 
     def to(self, *args: Any, **kwargs: Any) -> "EnsemblePipeline":
         """Move both to a device, a dtype or both; a dtype leaves the VAE as it is."""
@@ -153,7 +161,7 @@ class EnsemblePipeline(CallablePipeline):
         InputError where one expert would run 0 steps.
         """
         r = request.completed(defaults)
-        grid, _, note = TextToImagePipeline.plan_for(request, defaults)
+        grid, _, note = plan_of(request, defaults)
         switch = switch_level(r, grid)
         levels: list[float] = []
 
@@ -176,27 +184,22 @@ class EnsemblePipeline(CallablePipeline):
 
     @torch.no_grad()
     def steps(self, request: EnsembleRequest) -> Steps:
-        """The algorithm: draw noise, encode the prompt for each expert, denoise step by step, decode."""
+        """The algorithm: noise a picture or draw noise, encode the prompt for each expert, denoise, decode."""
         r = request.completed(self.defaults)
         grid, switch, *_ = self.plan(r)
-        x, generator = self.base.first_noise(r, grid)  # (b,4,h,w)
+        start = start_of(self.base, r, grid)  # x (b,4,h,w)
         experts: list[Denoise] = []
         for model in self.models():
-            text = model.encode_prompt(
-                r.prompt,
-                r.prompt_2 if model is self.base else None,
-                num_images_per_prompt=r.num_images_per_prompt,
-                do_classifier_free_guidance=r.guided,
-                negative_prompt=r.negative_prompt,
-                negative_prompt_2=r.negative_prompt_2 if model is self.base else None,
-            )
-            conditioning = model.condition(r, text, self.base.picture_size(x))
+            text = model.encode_request(r, len(start.x))
+            conditioning = model.condition(r, text, self.base.picture_size(start.x))
             experts.append(model.wrapped(model.denoiser(r, conditioning, grid)))
         base, refiner = experts
         denoise = self.wrapped(Experts(base, refiner, switch))
-        for step in sample(r, denoise, x, grid.sigmas, generator):
+        if start.mask is not None:
+            denoise = start.mask.around(denoise)
+        for step in sample(r, denoise, start.x, grid.sigmas, start.generator):
             yield step
-        return step.x if r.output_type == "latent" else self.decode(step.x)
+        return self.finished(r, step, start.mask)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b,4,h,w) -> pictures (b,3,H,W) in [0,1], by the base's VAE."""

@@ -1,4 +1,4 @@
-"""Pack the networks of pipelines for a CPU, and give their plain weights back. Loaded when one is asked to."""
+"""Pack the networks of a pipeline for a CPU, and give their plain weights back. Loaded when it is asked to."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,11 +10,12 @@ from sdxl_ref.networks import packing
 from sdxl_ref.weights.checkpoint import PARTS
 
 
-def pack(pipelines: Sequence[Any]) -> None:
-    """Pack all networks of some pipelines in place; those that are read when they work are packed then.
+def pack(pipe: Any) -> None:
+    """Pack a pipeline's networks for inference on this CPU, in place; those that are read when they work, then.
 
-    InputError where one of them cannot be packed on this machine: then none is.
+    See `sdxl_ref.pack`. InputError where one of them cannot be packed on this machine: then none is.
     """
+    pipelines = pipe.models()
     for pipeline in pipelines:
         if pipeline.offload is not None and pipeline.offload.device.type != "cpu":
             raise InputError(
@@ -31,9 +32,9 @@ def pack(pipelines: Sequence[Any]) -> None:
     change(pipelines, networks, packing.pack, packs=True)
 
 
-def unpack(pipelines: Sequence[Any]) -> None:
-    """The inverse of `pack`."""
-    change(pipelines, networks_of(pipelines), packing.unpack, packs=False)
+def unpack(pipe: Any) -> None:
+    """Have plain weights again, to the bit; only these are trained, saved or moved."""
+    change(pipe.models(), networks_of(pipe.models()), packing.unpack, packs=False)
 
 
 def change(

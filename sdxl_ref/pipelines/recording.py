@@ -9,7 +9,7 @@ Pictures and latents that went in, functions around the denoiser and replaced ne
 checkpoint its name alone: its hash would take reading the whole file.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -22,7 +22,6 @@ from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.settings import texts
 from sdxl_ref.pipelines.request import Request
 
-Embed = Callable[[Image.Image], Image.Image]
 NOT_RECORDED = ("image", "latents", "generator", "output_type")
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
@@ -48,13 +47,15 @@ def settings(pipe: Any, request: Request, watermark: bool) -> dict[str, Any]:
     return recorded | {"versions": {"sdxl_ref": __version__, "torch": torch.__version__}}
 
 
-def pictures(images: Tensor, recorded: Mapping[str, Any], embed: Embed | None) -> list[Image.Image]:
+def pictures(images: Tensor, recorded: Mapping[str, Any]) -> list[Image.Image]:
     """(b,3,H,W) in [0, 1] -> pictures, each with the settings of the run, its own prompt and its own seed.
 
-    `embed` puts a watermark into a picture.
+    The one place that imports the watermark, for a run that has one.
     """
     results = from_tensor(images)
-    if embed is not None:
+    if recorded["watermark"]:
+        from sdxl_ref.pictures.watermark import embed
+
         results = [embed(picture) for picture in results]
     count = len(results)
     for i, picture in enumerate(results):

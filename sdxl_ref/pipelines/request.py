@@ -33,19 +33,33 @@ def option(meaning: str, default: Any = MISSING) -> Any:
 class Request:
     """What every pipeline takes. Sizes are (height, width).
 
-    `guidance_scale` may be a list with a number for each step that runs, or a tensor (b,) with one for each picture.
+    A run starts from one of: `image`, a clean picture, noised to the first level that `strength` leaves; `image` with
+    `denoising_start`, a noisy latent that stands at that level; `latents` with `strength` or `denoising_start`, the
+    same; `latents` alone, unit noise, which is scaled to the first level; or none of them: noise is drawn.
+
+    `image` is a PIL picture, a path or an address, or several; pictures as arrays (b,H,W,3) or tensors (b,3,H,W), in
+    [0,1] or uint8; or latents (b,4,h,w), scaled by 0.13025. `guidance_scale` may be a list with a number for each step
+    that runs, or a tensor (b,) with one for each picture.
     """
 
     prompt: Prompt = option("what the pictures show: one text, or one for each")
     prompt_2: Prompt | None = option("base only: for the second text encoder; None: the prompt", None)
     negative_prompt: Prompt | None = option("what to steer away from; None: '' on a refiner, zeros on a base", None)
     negative_prompt_2: Prompt | None = option("base only: for the second text encoder; None: negative_prompt", None)
+    image: Any = option("what to start from, in place of noise: see the request", None)
+    strength: float | None = option("share of the steps that a picture runs, above 0 and at most 1; None: 0.3", None)
+    strength_rule: str = option('"exact", or "sgm" as the official code counts', "exact")
+    denoising_start: float | None = option("share of the training steps that another network has done", None)
+    mask_image: Any = option("where a picture is painted: white; black stays; see `pipelines.masking`", None)
+    denoising_end: float | None = option("share of the training steps after which this run stops", None)
+    height: int | None = option("of noise: a multiple of 8; None: the training pictures' (SDXL: 1024)", None)
+    width: int | None = option("of noise: a multiple of 8; None: the training pictures' (SDXL: 1024)", None)
     num_inference_steps: int = option("steps of the whole schedule, 1 to 1000", 50)
     guidance_scale: Any = option("how far to go from the negative side; 1 or less: no guidance", 5.0)
     guidance_rescale: float = option("0 to 1: pull the spread back to the positive side's", 0.0)
     guidance_interval: Any = option("(low, high): guide between these sigmas alone, both included", None)
     generator: Generator | None = option("a torch.Generator, or one for each picture; None: seeded by the system", None)
-    latents: Tensor | None = option("(b,4,h,w), what the run starts from: see the pipeline", None)
+    latents: Tensor | None = option("(b,4,h,w), what the run starts from: see the request", None)
     num_images_per_prompt: int = option("pictures for each prompt", 1)
     original_size: Size | None = option("the original size given to the UNet; None: the picture's own", None)
     crops_coords_top_left: Size = option("the top left corner of the crop, given to the UNet", (0, 0))
@@ -123,6 +137,11 @@ class Request:
         """The options of the sampler that are not its own defaults."""
         options = {name: getattr(self, name) for name in SAMPLER_OPTIONS}
         return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether what it starts from stands at the first level already."""
+        return self.denoising_start is not None or (self.latents is not None and self.strength is not None)
 
     @property
     def guided(self) -> bool:

@@ -1,4 +1,7 @@
-"""What a callback is told of a step, and what it makes of it. Loaded where there is one."""
+"""What is done after each step: a callback is called, and what it returns made true. Loaded where there is one.
+
+And before a whole run is made for nothing, pictures that are to carry a watermark are found to be too small.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,10 +10,11 @@ from torch import Tensor
 
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.steps import Step
+from sdxl_ref.pictures import watermark
 
 
 def steered(
-    pipe: Any, request: Any, callback: Callable[..., Any], inputs: Sequence[str]
+    pipe: Any, request: Any, callback: Callable[..., Any] | None, inputs: Sequence[str], has_watermark: bool
 ) -> Callable[[int, Step], None]:
     """What calls a callback after each step, and goes on from the latents that it returns.
 
@@ -21,6 +25,11 @@ def steered(
     timesteps = pipe.plan(request).grid.timesteps
 
     def steer(i: int, step: Step) -> None:
+        if has_watermark and i == 0:
+            height, width = pipe.picture_size(step.x)
+            watermark.check(width, height)
+        if callback is None:
+            return
         changes = callback(pipe, i, timesteps[i], dict.fromkeys(inputs, step.x))
         if changes is None or changes == {}:
             return

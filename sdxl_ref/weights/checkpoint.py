@@ -4,11 +4,10 @@ A file is opened by its header alone; tensors are mapped from it, and cast one b
 of the weights in the wanted dtype. `sdxl_ref.weights.opening` opens a checkpoint of any kind.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -33,12 +32,6 @@ EXTRAS = re.compile(  # what files may carry besides the weights, and no network
     r"conditioner\.embedders\.0\.(.*\.)?text_projection(\.weight)?|"  # of CLIP-L; a refiner's is a weight
     r"betas|alphas_cumprod(_prev)?|(sqrt|log|posterior)_[a-z0-9_]+|lvlb_weights|logvar"  # schedules
 )
-KNOWN_FILES = {  # sha256 -> the file and its VAE; the 0.9 VAE stands in files of its own
-    "7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f": ("sd_xl_refiner_1.0", "1.0"),
-    "8d0ce6c016004cbdacd50f937dad381d8c396628d621a7f97191470532780164": ("sd_xl_refiner_1.0_0.9vae", "0.9"),
-    "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b": ("sd_xl_base_1.0", "1.0"),
-    "e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff": ("sd_xl_base_1.0_0.9vae", "0.9"),
-}
 LABEL = "model.diffusion_model.label_emb.0.0.weight"  # its shape tells a base from a refiner
 PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")  # of the metadata; ComfyUI's is the second
 READ_AT_ONCE = 64  # tensors; mapped pages count as memory until their file is closed
@@ -104,12 +97,6 @@ class Checkpoint:
         """The files that hold the keys with a prefix."""
         return [self.path]
 
-    @property
-    def name(self) -> str:
-        """What the file is, in words."""
-        known = replace(self.config, prediction="epsilon") in (REFINER_1_0, BASE_1_0)
-        return f"SD-XL 1.0 {self.config.kind} (by its keys and shapes)" if known else f"SDXL-like {self.config.kind}"
-
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], Tensor]]:
         """A function that reads a tensor by its key; what it returns may be mapped until the context ends."""
@@ -135,18 +122,6 @@ class Checkpoint:
                     state[key] = tensor.to(device=device, dtype=dtype)
         self.require_unchanged()
         network.load_state_dict(state, strict=True, assign=True)
-
-    def vae_name(self, digest: str) -> str:
-        """Which VAE a file holds: its release where the file's sha256 is known, and always a hash of its tensors."""
-        tensors = hashlib.sha256()
-        prefix = prefixes(self.config)["vae"]
-        keys = [key for key in expected_shapes(self.config) if key.startswith(prefix) and key in self.shapes]
-        with self.reader() as read:
-            for key in sorted(keys):
-                tensors.update(read(key).contiguous().view(torch.uint8).numpy().data)
-        self.require_unchanged()
-        _, release = KNOWN_FILES.get(digest, ("", "unknown"))
-        return f"{release}, tensors sha256 {tensors.hexdigest()}"
 
     def sha256(self) -> str:
         """Of all the files, one behind the other in the order of their names. InputError as `require_unchanged`."""

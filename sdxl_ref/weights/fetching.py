@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import InputError
-from sdxl_ref.weights.checkpoint import KNOWN_FILES
 from sdxl_ref.weights.folder_saving import put_new
 from sdxl_ref.weights.hub import with_one_error
+from sdxl_ref.weights.identity import KNOWN_FILES
 from sdxl_ref.weights.locking import locked
 from sdxl_ref.weights.saving import PREFIX, explained, sync
 from sdxl_ref.weights.tensor_files import sha256_of

@@ -19,11 +19,12 @@ import torch
 
 from sdxl_ref.config import SDXL, Defaults, InputError
 from sdxl_ref.weights import layouts
-from sdxl_ref.weights.checkpoint import CONFIG_KEY, KNOWN_FILES, Checkpoint, prefixes
+from sdxl_ref.weights.checkpoint import CONFIG_KEY, Checkpoint, prefixes
 from sdxl_ref.weights.dtypes import DTYPE_NAMES, DTYPES, is_finite
 from sdxl_ref.weights.fitting import extras
 from sdxl_ref.weights.folder import Folder, Source, stored_in
 from sdxl_ref.weights.folder import sources_of as sources_of
+from sdxl_ref.weights.identity import KNOWN_FILES, name_of, vae_name
 from sdxl_ref.weights.lone_parts import LonePart, find_lone_part, open_part
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.tensor_files import sha256_of
@@ -124,7 +125,7 @@ def describe_checkpoint(checkpoint: Checkpoint, check: bool = False) -> Descript
     digest = scan(checkpoint) if check else ""
     return Description(
         checkpoint.path,
-        checkpoint.name,
+        name_of(checkpoint),
         parts,
         vae_of(checkpoint, digest),
         checkpoint.note,
@@ -200,7 +201,7 @@ def vae_of(checkpoint: Checkpoint, digest: str = "") -> str:
         digest = sha256_of(*checkpoint.files(prefixes(checkpoint.config)["vae"]))
     elif not digest and checkpoint.path.stat().st_size in OFFICIAL_SIZES:
         digest = checkpoint.sha256()
-    name = checkpoint.vae_name(digest)  # "unknown, …" where no official file has this hash
+    name = vae_name(checkpoint, digest)  # "unknown, …" where no official file has this hash
     return VAES[digest] + name.removeprefix("unknown") if digest in VAES else name
 
 

@@ -19,7 +19,7 @@ from sdxl_ref.weights.layouts import Rule, rules, vae_to_official
 from sdxl_ref.weights.names import find_file
 from sdxl_ref.weights.stated_config import config_from_json
 from sdxl_ref.weights.strangers import kind_of
-from sdxl_ref.weights.tensor_files import FOLDER_INDEX, read_metadata, sha256_of
+from sdxl_ref.weights.tensor_files import FOLDER_INDEX, read_metadata
 
 PREFIXES = ("", "first_stage_model.", "vae.", "model.first_stage_model.", "module.")  # before official names
 FIRST = "encoder.conv_in.weight"
@@ -36,12 +36,6 @@ class WithVAE(Folder):
     def sha256(self) -> str:
         assert self.original is not None
         return self.original.sha256()
-
-    def vae_name(self, digest: str) -> str:
-        """The file of the autoencoder by its name, with its sha256, and the hash of its tensors."""
-        files = self.files(prefixes(self.config)["vae"])
-        name = super().vae_name("").removeprefix("unknown")
-        return f"{', '.join(file.name for file in files)}, file sha256 {sha256_of(*files)}{name}"
 
 
 def with_vae(checkpoint: Checkpoint, path: Path, variant: str | None = None) -> Checkpoint:

@@ -159,11 +159,25 @@ def test_a_bad_checkpoint(
     check(CHECKPOINTS[case], refine, here, tmp_path, tiny_refiner_file, capsys)
 
 
-def test_a_base_is_no_refiner(
-    refine: Refine, here: Path, tiny_base_file: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "BASE"}, "name the model by --checkpoint, or both of an ensemble by --base and --refiner"),
+        ({"checkpoint": None, "base": "BASE"}, "name the model by --checkpoint, or both"),
+        ({"checkpoint": None, "base": "BASE", "refiner": "BASE"}, "expected a refiner"),
+        ({"switch": 0.5}, "--switch is the ensemble's: give --base and --refiner, or leave it out"),
+        ({"prompt_2": "a dog"}, "prompt_2 is of no use to an SDXL refiner"),
+        ({"checkpoint": "BASE", "aesthetic_score": 7}, "aesthetic_score is of no use to an SDXL base"),
+        ({"mask": "missing.png"}, "no such picture: missing.png"),
+    ],
+    ids=str,
+)
+def test_models_and_masks(
+    changes: Changes, message: str, refine: Refine, here: Path, tiny_base_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert refine(checkpoint=tiny_base_file) == 2
-    assert_one_line(capsys.readouterr().err, "expected a refiner")
+    changes = {name: tiny_base_file if value == "BASE" else value for name, value in changes.items()}
+    assert refine(**changes) == 2
+    assert_one_line(capsys.readouterr().err, message)
     assert os.listdir(here) == []
 
 
@@ -233,7 +247,7 @@ WORDS: list[tuple[Changes, str]] = [
     ),
     ({"banana": 1}, "unrecognized arguments: --banana"),
     ({"prompt": None}, "the following arguments are required: --prompt"),
-    ({"checkpoint": None}, "the following arguments are required: --checkpoint"),
+    ({"checkpoint": None}, "name the model by --checkpoint, or both of an ensemble by --base and --refiner"),
     ({"lora": "none.safetensors"}, "none.safetensors"),
     ({"lora": "a.safetensors:nan"}, "the scale of an adapter must be a finite number, found a.safetensors:nan"),
 ]

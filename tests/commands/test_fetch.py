@@ -17,7 +17,7 @@ from hub import Hub
 from sdxl_ref.cli import main
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import fetching
-from sdxl_ref.weights.checkpoint import KNOWN_FILES
+from sdxl_ref.weights.identity import KNOWN_FILES
 from sdxl_ref.weights.locking import locked
 
 REPOSITORY = "stabilityai/stable-diffusion-xl-refiner-1.0"
@@ -26,10 +26,10 @@ STEM = "sd_xl_refiner_1.0"
 BESIDE = ".sdxl-ref-fetch-refiner"
 FETCH = """
 from sdxl_ref.cli import main
-from sdxl_ref.weights import checkpoint
+from sdxl_ref.weights import identity
 
-checkpoint.KNOWN_FILES.clear()  # a small file stands in for the official one, whose hash it takes over
-checkpoint.KNOWN_FILES[{digest!r}] = ("sd_xl_refiner_1.0", "1.0")
+identity.KNOWN_FILES.clear()  # a small file stands in for the official one, whose hash it takes over
+identity.KNOWN_FILES[{digest!r}] = ("sd_xl_refiner_1.0", "1.0")
 print(main(["fetch", "refiner", "--out", "models"]))
 """
 

@@ -16,6 +16,7 @@ import pytest
 import readers
 import torch
 from command_line import Refine, Stopped, pixels, settings, texts
+from pairs import seeded
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,7 @@ import sdxl_ref
 from sdxl_ref.cli import main
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.pictures.images import from_tensor, load_image
-from sdxl_ref.pipelines import ImageToImagePipeline
+from sdxl_ref.pipelines import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
 
 
@@ -100,6 +101,55 @@ def test_the_picture_is_the_pipelines(refine: Refine, here: Path, photo: Path, t
     call: dict[str, Any] = {"image": load_image(photo), "num_inference_steps": 4, "karras": True}
     [image] = pipe("a cat", **call, generator=generator, **options).images
     assert np.array_equal(pixels(here / "out.png"), np.asarray(image))
+
+
+def test_the_base_refines_too(refine: Refine, here: Path, photo: Path, tiny_base_file: Path) -> None:
+    options: dict[str, Any] = {"prompt_2": "a dog", "strength": 0.75}
+    assert refine(checkpoint=tiny_base_file, seed=3, device="cpu", plain=True, out="out.png", **options) == 0
+    pipe = TextToImagePipeline.from_pretrained(tiny_base_file)
+    call: dict[str, Any] = {"image": load_image(photo), "num_inference_steps": 4, "generator": seeded(3)}
+    [image] = pipe("a cat", **call, **options).images
+    assert np.array_equal(pixels(here / "out.png"), np.asarray(image))
+    made = settings(here / "out.png")
+    assert (made["unconditional"], made["aesthetic_score"], made["prompt_2"]) == ("zeros", None, "a dog")
+
+
+def test_both_experts_in_one_run(
+    refine: Refine, here: Path, photo: Path, tiny_base_file: Path, tiny_refiner_file: Path
+) -> None:
+    files: dict[str, Any] = {"checkpoint": None, "base": tiny_base_file, "refiner": tiny_refiner_file}
+    options: dict[str, Any] = {"strength": 1.0, "switch": 0.5}
+    assert refine(**files, seed=3, device="cpu", plain=True, out="out.png", **options) == 0
+    pipe = EnsemblePipeline.from_pretrained(tiny_base_file, tiny_refiner_file)
+    call: dict[str, Any] = {"image": load_image(photo), "num_inference_steps": 4, "generator": seeded(3)}
+    [image] = pipe("a cat", **call, **options).images
+    assert np.array_equal(pixels(here / "out.png"), np.asarray(image))
+    made = settings(here / "out.png")
+    assert made["unconditional"] == "base zeros; refiner empty prompt encoded"
+    assert made["refiner_checkpoint"]["file"] == tiny_refiner_file.name
+    assert 0.4 < made["refiner_switch"] < 0.6
+
+
+def test_a_mask(refine: Refine, here: Path, photo: Path, tiny_refiner_file: Path) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 20, 50, 40))
+    mask.save(here / "mask.png")
+    assert refine(mask="mask.png", seed=3, device="cpu", plain=True, out="out.png") == 0
+    pipe = ImageToImagePipeline.from_pretrained(tiny_refiner_file)
+    call: dict[str, Any] = {"image": load_image(photo), "num_inference_steps": 4, "generator": seeded(3)}
+    [image] = pipe("a cat", **call, strength=0.5, mask_image=mask).images
+    assert np.array_equal(pixels(here / "out.png"), np.asarray(image))
+    stays = np.asarray(mask) == 0
+    assert np.array_equal(pixels(here / "out.png")[stays], pixels(photo)[stays])
+    made = settings(here / "out.png")
+    assert made["mask"] == "mask.png"
+    assert made["mask_sha256"] == hashlib.sha256((here / "mask.png").read_bytes()).hexdigest()
+
+
+def test_a_default_name_replaces_nothing(refine: Refine, here: Path) -> None:
+    for _ in range(3):
+        assert refine() == 0
+    assert sorted(os.listdir(here)) == ["photo-refined-2.png", "photo-refined-3.png", "photo-refined.png"]
 
 
 def test_on_a_cpu_weights_are_packed_unless_they_are_to_stay_plain(refine: Refine, here: Path) -> None:

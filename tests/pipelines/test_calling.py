@@ -21,8 +21,8 @@ from sdxl_ref.config import SDXL, InputError
 from sdxl_ref.diffusion.steps import Step
 from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.watermark import embed
+from sdxl_ref.pipelines.first_noise import first_noise
 from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
-from sdxl_ref.pipelines.text_to_image import TextToImageRequest
 
 PIPES = {"base": pairs.base, "refiner": pairs.refiner, "ensemble": pairs.ensemble}
 pipes = pytest.mark.parametrize("kind", PIPES)
@@ -79,11 +79,18 @@ def test_a_misspelt_argument_is_answered_with_the_nearest(kind: str, word: str, 
         pipe(**arguments(kind), **{word: 1})
 
 
-def test_arguments_of_another_pipeline_are_unknown() -> None:
-    with pytest.raises(TypeError, match="TextToImagePipeline: unknown argument 'strength'"):
-        pairs.base()("a cup", strength=0.5)
-    with pytest.raises(TypeError, match="ImageToImagePipeline: unknown argument 'height'"):
-        pairs.refiner()("a cup", height=64)
+def test_arguments_of_another_start_are_refused() -> None:
+    for name, value in {"strength": 0.5, "denoising_start": 0.5, "mask_image": torch.zeros(64, 64)}.items():
+        with pytest.raises(InputError, match=f"{name} is of no use without an image: give one, or leave it out"):
+            pairs.base()("a cup", **{name: value})
+    for name in ("height", "width"):
+        with pytest.raises(InputError, match="height and width are those of noise"):
+            pairs.refiner()("a cup", image=pairs.picture(), **{name: 64})
+
+
+def test_arguments_of_the_ensemble_are_unknown_to_one_model() -> None:
+    with pytest.raises(TypeError, match="TextToImagePipeline: unknown argument 'switch'"):
+        pairs.base()("a cup", switch=0.5)
 
 
 def test_the_prompt_alone_may_stand_without_its_name() -> None:
@@ -301,9 +308,9 @@ def test_options_go_to_the_sampler(sampler: str, options: dict[str, float]) -> N
     pipe.wrap_denoiser = lambda denoise: seen.append(denoise) or denoise
     found = pipe(**arguments("base", sampler=sampler, generator=seeded(0)), **options).images
 
-    request = TextToImageRequest(**arguments("base", sampler=sampler, generator=seeded(0)))
+    request = Request(**arguments("base", sampler=sampler, generator=seeded(0)))
     grid = pipe.plan(request).grid
-    x, generator = pipe.first_noise(request, grid)
+    x, generator = first_noise(pipe, request, grid)
     with torch.no_grad():
         *_, last = SAMPLERS[sampler](seen[0], x, grid.sigmas, generator=generator, **options)
     assert torch.equal(found, last.x)

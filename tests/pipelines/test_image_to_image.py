@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.pipelines import ImageToImagePipeline
-from sdxl_ref.pipelines.image_to_image import ImageToImageRequest
+from sdxl_ref.pipelines.request import Request
+from sdxl_ref.pipelines.starts import image_tensor
 
 BATCH = 1e-4  # of latents: a batch sums in another order
 
@@ -78,7 +79,7 @@ def test_noise_is_added_at_exactly_the_first_level(pipe: ImageToImagePipeline, s
     pipe.unet = unet = Recorder(pipe.unet)
     clean = checks.normal(1, 4, 8, 8, seed=1, dtype=torch.float32)
     run(pipe, image=clean, strength=strength)
-    request = ImageToImageRequest(prompt="", image=clean, strength=strength, num_inference_steps=10)
+    request = Request(prompt="", image=clean, strength=strength, num_inference_steps=10)
     sigma = pipe.plan(request).grid.sigmas[0]
     noise = torch.randn(1, 4, 8, 8, generator=seeds(0)[0])
     x, t = unet.seen[0]
@@ -91,24 +92,22 @@ def test_noise_is_added_at_exactly_the_first_level(pipe: ImageToImagePipeline, s
 
 
 def test_the_plan_is_known_before(pipe: ImageToImagePipeline) -> None:
-    plan = pipe.plan(ImageToImageRequest(prompt="", image=pairs.picture(), num_inference_steps=40))
+    plan = pipe.plan(Request(prompt="", image=pairs.picture(), num_inference_steps=40))
     assert str(plan) == f"12 of 40 steps, sigma {NoiseSchedule().sigmas[11 * 25 + 1]:.4g} → 0"
-    short = ImageToImageRequest(**pairs.request(num_inference_steps=4))
+    short = Request(**pairs.request(num_inference_steps=4))
     assert len(list(pipe.steps(short))) == len(pipe.plan(short).grid.timesteps) == 2
 
 
 def test_every_run_ends_at_zero(pipe: ImageToImagePipeline) -> None:
     for spacing in ("leading", "trailing", "linspace", "sgm"):
         for karras in (False, True):
-            plan = pipe.plan(ImageToImageRequest(prompt="", image=pairs.picture(), spacing=spacing, karras=karras))
+            plan = pipe.plan(Request(prompt="", image=pairs.picture(), spacing=spacing, karras=karras))
             assert float(plan.grid.sigmas[-1]) == 0.0
             assert len(plan.grid.sigmas) == len(plan.grid.timesteps) + 1 == 16
 
 
 def test_the_official_strength_rule(pipe: ImageToImagePipeline) -> None:
-    request = ImageToImageRequest(
-        prompt="", image=pairs.picture(), strength=0.4, num_inference_steps=10, strength_rule="sgm"
-    )
+    request = Request(prompt="", image=pairs.picture(), strength=0.4, num_inference_steps=10, strength_rule="sgm")
     assert len(pipe.plan(request).grid.timesteps) == 3
 
 
@@ -125,7 +124,7 @@ def test_two_calls_equal_one(pipe: ImageToImagePipeline) -> None:
 
 def test_latents_stand_in_for_a_noised_image(pipe: ImageToImagePipeline) -> None:
     clean = checks.normal(1, 4, 8, 8, seed=1, dtype=torch.float32)
-    sigma = pipe.plan(ImageToImageRequest(prompt="", strength=0.5, num_inference_steps=10)).grid.sigmas[0]
+    sigma = pipe.plan(Request(prompt="", strength=0.5, num_inference_steps=10)).grid.sigmas[0]
     noisy = clean + sigma * torch.randn(1, 4, 8, 8, generator=seeds(0)[0])
     assert torch.equal(run(pipe, image=clean), run(pipe, image=None, latents=noisy))
 
@@ -148,8 +147,8 @@ def test_what_a_call_returns_can_be_handed_in(pipe: ImageToImagePipeline, output
         decoded = (decoded * 255).round() / 255
     forms = [images, list(images)] if output_type != "pil" else [images, np.asarray(images[0])]
     for form in forms:
-        request = ImageToImageRequest(**pairs.request(image=form))
-        assert torch.equal(pipe.image_tensor(request), 2 * decoded - 1)
+        request = Request(**pairs.request(image=form))
+        assert torch.equal(image_tensor(pipe, request), 2 * decoded - 1)
     run(pipe, image=images)
 
 
@@ -195,11 +194,14 @@ BAD = {
     "output type": ({"output_type": "png"}, "unknown output_type 'png'"),
     "two starts": ({"denoising_start": 0.8, "strength": 0.3}, "give one of them"),
     "start of a picture": ({"denoising_start": 0.8, "strength": None}, r"expected latents \(b,4,h,w\), since"),
-    "no image": ({"image": None}, "give either image or latents"),
+    "no image": (
+        {"image": None, "strength": None},
+        "a refiner has not learnt pure noise: give an image, or noisy latents",
+    ),
     "image and latents": ({"latents": torch.zeros(1, 4, 8, 8)}, "give either image or latents"),
     "latents of no level": (
         {"image": None, "latents": torch.zeros(1, 4, 8, 8), "strength": None},
-        "latents have no level: give the strength, or the denoising_start",
+        "noisy latents, and the strength or the denoising_start",
     ),
     "channels": ({"image": torch.zeros(1, 5, 8, 8)}, r"found a tensor \(1, 5, 8, 8\)"),
     "channels last": ({"image": torch.zeros(64, 64, 3)}, r"found a tensor \(64, 64, 3\): move the channels"),
@@ -226,11 +228,6 @@ def test_bad_input(pipe: ImageToImagePipeline, case: str) -> None:
     arguments, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         run(pipe, **arguments)
-
-
-def test_a_base_is_refused() -> None:
-    with pytest.raises(InputError, match="expected a refiner"):
-        ImageToImagePipeline(pairs.BASE, **pairs.networks("refiner"))
 
 
 @pytest.mark.parametrize("argument", ["prompt_2", "negative_prompt_2", "target_size", "negative_target_size"])

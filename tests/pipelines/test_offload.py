@@ -208,4 +208,4 @@ def test_a_refiner_alone(tiny_refiner_file: Path) -> None:
     found = pipe("a cup", **arguments, generator=seeded(0)).images
     plain = ImageToImagePipeline.from_pretrained(tiny_refiner_file)
     assert torch.equal(found, plain("a cup", **arguments, generator=seeded(0)).images)
-    assert offload.arrivals == ["refiner text_encoder_2", "refiner vae", "refiner unet", "refiner vae"]
+    assert offload.arrivals == ["refiner vae", "refiner text_encoder_2", "refiner unet", "refiner vae"]

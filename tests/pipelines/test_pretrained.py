@@ -97,10 +97,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no such variant": ({"name": REFINER, "variant": "fp8"}, "there are the variants fp16: name one"),
     "the only variant": ({"name": REFINER}, "opened"),
-    "a base": (
-        {"name": BASE, "variant": "fp16"},
-        "expected a refiner (one text encoder, aesthetic score), found an SDXL base",
-    ),
     "no name": (
         {"name": "no such thing"},
         "no such checkpoint: no such thing: expected a file, a folder, pocket or a repository",
@@ -215,20 +211,22 @@ def test_diffusion_pipeline_opens_what_the_files_are(folders: dict[str, Path], t
     assert isinstance(DiffusionPipeline.from_pretrained(tiny_refiner_file), ImageToImagePipeline)
 
 
-def test_an_open_checkpoint_is_taken_as_it_is(tiny_base_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_open_checkpoint_is_taken_as_it_is(tiny_refiner_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kind is found out before anything is read."""
-    opened = TextToImagePipeline.open(tiny_base_file)
-    assert TextToImagePipeline.from_pretrained(opened).checkpoint is opened
+    opened = ImageToImagePipeline.open(tiny_refiner_file)
+    assert ImageToImagePipeline.from_pretrained(opened).checkpoint is opened
     monkeypatch.setattr(type(opened), "load", lambda *_: pytest.fail("it was read"))
-    with pytest.raises(InputError, match=f"expected a refiner .*, found an SDXL base: .*{tiny_base_file.name}"):
-        ImageToImagePipeline.from_pretrained(opened)
+    with pytest.raises(InputError, match=f"expected a base .*, found an SDXL refiner: .*{tiny_refiner_file.name}"):
+        TextToImagePipeline.from_pretrained(opened)
 
 
 def test_the_wrong_kind_of_model(tiny_base_file: Path, tiny_refiner_file: Path) -> None:
-    with pytest.raises(InputError, match="expected a refiner"):
-        ImageToImagePipeline.from_pretrained(tiny_base_file)
+    """The ensemble finds a wrong one out before a weight is read; a base may stand for a refiner on a picture."""
     with pytest.raises(InputError, match="expected a base"):
         TextToImagePipeline.from_pretrained(tiny_refiner_file)
+    with pytest.raises(InputError, match=f"expected a refiner .*, found an SDXL base: .*{tiny_base_file.name}"):
+        EnsemblePipeline.from_pretrained(tiny_base_file, tiny_base_file)
+    assert ImageToImagePipeline.from_pretrained(tiny_base_file).config.kind == "base"
 
 
 def test_pickles_are_not_asked_for(tiny_refiner_file: Path) -> None:

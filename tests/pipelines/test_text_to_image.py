@@ -10,7 +10,8 @@ from pairs import SMALL, seeds
 
 from sdxl_ref.config import InputError
 from sdxl_ref.pipelines import TextToImagePipeline
-from sdxl_ref.pipelines.text_to_image import TextToImageRequest
+from sdxl_ref.pipelines.first_noise import first_noise
+from sdxl_ref.pipelines.request import Request
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def test_each_prompt_makes_its_pictures_in_a_row(base: TextToImagePipeline) -> N
 def test_a_side_that_is_not_given_is_the_training_pictures(
     base: TextToImagePipeline, size: dict[str, int], shape: tuple[int, int]
 ) -> None:
-    request = TextToImageRequest(prompt="", generator=seeds(1), **size)
-    assert base.first_noise(request, base.plan(request).grid)[0].shape == (1, 4, *shape)
+    request = Request(prompt="", generator=seeds(1), **size)
+    assert first_noise(base, request, base.plan(request).grid)[0].shape == (1, 4, *shape)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_runs_that_start_far_below_pure_noise_warn(
     base: TextToImagePipeline, spacing: str, steps: int, start: int
 ) -> None:
     """Before the first step; image-to-image starts below it anyway."""
-    request = TextToImageRequest(prompt="", height=8, width=8, spacing=spacing, num_inference_steps=steps)
+    request = Request(prompt="", height=8, width=8, spacing=spacing, num_inference_steps=steps)
     with pytest.warns(UserWarning, match=f'"{spacing}" with {steps} steps starts at t = {start}, far below') as record:
         next(base.steps(request))
     assert len(record) == 1
@@ -60,7 +61,7 @@ def test_runs_that_start_far_below_pure_noise_warn(
 def test_common_schedules_do_not_warn(base: TextToImagePipeline, spacing: str, steps: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        request = TextToImageRequest(prompt="", height=8, width=8, spacing=spacing, num_inference_steps=steps)
+        request = Request(prompt="", height=8, width=8, spacing=spacing, num_inference_steps=steps)
         next(base.steps(request))
 
 
@@ -79,11 +80,11 @@ def test_first_noise_has_the_scale_of_spacing_and_sampler(
     base: TextToImagePipeline, sampler: str, spacing: str, scale: str
 ) -> None:
     noise = torch.randn(1, 4, 8, 8, generator=seeds(3)[0])
-    request = TextToImageRequest(prompt="", height=64, width=64, sampler=sampler, spacing=spacing, generator=seeds(3))
+    request = Request(prompt="", height=64, width=64, sampler=sampler, spacing=spacing, generator=seeds(3))
     grid = base.plan(request).grid
     sigma = float(grid.sigmas[0])
     expected = noise * ((1 + sigma**2) ** 0.5 if scale == "root" else sigma)
-    assert torch.allclose(base.first_noise(request, grid)[0], expected, rtol=1e-6)
+    assert torch.allclose(first_noise(base, request, grid)[0], expected, rtol=1e-6)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -95,7 +96,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "latents": ({"latents": torch.zeros(1, 3, 8, 8)}, r"expected latents \(1,4,h,w\), found \(1, 3, 8, 8\)"),
     "latents of another size": ({"latents": torch.zeros(1, 4, 9, 8)}, r"for this height and width"),
     "second prompts": ({"prompt_2": ["a", "b"]}, "found 2 for 1"),
-    "end": ({"denoising_end": 0.001}, "leaves 0 of 10 steps"),
+    "end": ({"denoising_end": 0.001}, "0 of 10 steps lie between the first step and denoising_end 0.001"),
     "end outside": ({"denoising_end": 1.5}, "from 0 to 1, found 1.5"),
     "sampler": ({"sampler": "dpm"}, "unknown sampler 'dpm': did you mean 'ddpm'"),
 }

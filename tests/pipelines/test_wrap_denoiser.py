@@ -16,6 +16,7 @@ from sdxl_ref.diffusion.denoiser import Conditioning
 from sdxl_ref.diffusion.guidance import Guidance
 from sdxl_ref.diffusion.steps import Denoise
 from sdxl_ref.pipelines.ensemble import Experts
+from sdxl_ref.pipelines.first_noise import first_noise
 
 PIPES = {"base": pairs.base, "refiner": pairs.refiner, "ensemble": pairs.ensemble}
 STEPS = 6
@@ -116,7 +117,7 @@ def test_guidance_in_an_interval_is_a_run_composed_by_hand() -> None:
     )
     grid = pipe.plan(request).grid
     with torch.no_grad():
-        x, _ = pipe.first_noise(request, grid)
+        x, _ = first_noise(pipe, request, grid)
         both = pipe.condition(request, pipe.encode_prompt("a cup", negative_prompt="blurry"), (64, 64))
         negative, positive = (
             Conditioning(context, y)

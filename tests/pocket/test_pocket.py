@@ -49,8 +49,8 @@ def test_names() -> None:
         assert open_checkpoint(f"pocket-{kind}").path == POCKET[f"pocket-{kind}"]
     with pytest.raises(InputError, match="the pocket pair is two models"):
         open_checkpoint("pocket")
-    with pytest.raises(InputError, match="expected a refiner"):
-        ImageToImagePipeline.from_pretrained("pocket-base")
+    with pytest.raises(InputError, match="expected a base"):
+        TextToImagePipeline.from_pretrained("pocket-refiner")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from training_data import CONFIGS, LINES, TOWERS, networks, write_folder
 from training_runs import command, launch_torchrun, metadata_of_state, output_of, start_two, state
 
 from sdxl_ref.cli import main
+from sdxl_ref.pipelines.adapting import adapters
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
 from sdxl_ref.training import finetune
 from sdxl_ref.training.diffusion import Objective
@@ -56,7 +57,7 @@ def test_the_adapter_on_a_pipeline_brings_the_loss_down(refiner_file: Path, pict
     losses = [float(row[1]) for row in rows]
     assert np.mean(losses[-10:]) < LEARNED * np.mean(losses[:10])
     pipe = ImageToImagePipeline.from_pretrained(refiner_file)
-    [(_, adapter)] = pipe.adapters.load(tmp_path / "lora_peft.safetensors")
+    [(_, adapter)] = adapters(pipe).load(tmp_path / "lora_peft.safetensors")
     assert "layers matched" in str(adapter)
 
 

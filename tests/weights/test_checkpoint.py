@@ -35,10 +35,11 @@ from torch import Tensor
 
 from sdxl_ref.cli import main
 from sdxl_ref.config import REFINER_1_0, InputError
-from sdxl_ref.pipelines import ImageToImagePipeline
+from sdxl_ref.pipelines import TextToImagePipeline
 from sdxl_ref.pipelines.pipeline import Pipeline
-from sdxl_ref.weights.checkpoint import KNOWN_FILES, build_empty
+from sdxl_ref.weights.checkpoint import build_empty
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
+from sdxl_ref.weights.identity import KNOWN_FILES, vae_name
 from sdxl_ref.weights.opening import POCKET, open_checkpoint
 from weights_convert.convert import convert
 
@@ -125,8 +126,8 @@ def test_the_hash_of_a_file_and_of_its_vae(files: dict[str, Path], state: dict[s
     assert found.sha256() == hashlib.sha256(files["refiner"].read_bytes()).hexdigest()
     vae = [state[key].numpy().tobytes() for key in sorted(state) if key.startswith("first_stage_model.")]
     tensors = hashlib.sha256(b"".join(vae)).hexdigest()
-    assert found.vae_name("") == found.vae_name("0" * 64) == f"unknown, tensors sha256 {tensors}"
-    names = {file: found.vae_name(digest) for digest, (file, _) in KNOWN_FILES.items()}
+    assert vae_name(found, "") == vae_name(found, "0" * 64) == f"unknown, tensors sha256 {tensors}"
+    names = {file: vae_name(found, digest) for digest, (file, _) in KNOWN_FILES.items()}
     assert names == {
         "sd_xl_refiner_1.0": f"1.0, tensors sha256 {tensors}",
         "sd_xl_refiner_1.0_0.9vae": f"0.9, tensors sha256 {tensors}",
@@ -143,7 +144,7 @@ def test_the_vaes_hash_is_of_its_tensors_alone(
 ) -> None:
     state[key] += 1
     changed = open_checkpoint(write(tmp_path / "a.safetensors", state, metadata()))
-    assert (changed.vae_name("") != open_checkpoint(files["refiner"]).vae_name("")) is is_vae
+    assert (vae_name(changed, "") != vae_name(open_checkpoint(files["refiner"]), "")) is is_vae
 
 
 # --- a file that changes ------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_a_file_that_is_replaced_after_it_was_opened_is_not_read(
     reads: dict[str, Callable[[], object]] = {
         "load": lambda: found.load("unet"),
         "sha256": found.sha256,
-        "vae_name": lambda: found.vae_name(""),
+        "vae_name": lambda: vae_name(found, ""),
     }
     with pytest.raises(InputError, match=f"{path} has changed since it was opened: start again"):
         reads[read]()
@@ -279,10 +280,10 @@ def test_a_photo_is_named_by_the_bytes_that_were_used(tmp_path: Path, monkeypatc
 # --- the wrong kind -----------------------------------------------------------------------------------------------
 
 
-def test_a_base_is_no_refiner(tmp_path: Path, files: dict[str, Path]) -> None:
-    for path in (sparse_file(tmp_path / "a.safetensors", listed_shapes("base")), files["base"]):
-        with pytest.raises(InputError, match=r"expected a refiner .*found an SDXL base"):
-            ImageToImagePipeline.from_pretrained(path)
+def test_a_refiner_is_no_base(tmp_path: Path, files: dict[str, Path]) -> None:
+    for path in (sparse_file(tmp_path / "a.safetensors", listed_shapes("refiner")), files["refiner"]):
+        with pytest.raises(InputError, match=r"expected a base .*found an SDXL refiner"):
+            TextToImagePipeline.from_pretrained(path)
 
 
 @released

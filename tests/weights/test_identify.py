@@ -36,6 +36,7 @@ from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 from sdxl_ref.weights.identify import config_from_shapes
+from sdxl_ref.weights.identity import name_of
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.stated_config import config_from_json, config_to_json
 
@@ -46,7 +47,7 @@ from sdxl_ref.weights.stated_config import config_from_json, config_to_json
 def test_without_a_configuration_the_shapes_tell(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
     found = open_checkpoint(write(tmp_path / "a.safetensors", load_file(files[kind])))
     assert found.note == f"no {CONFIG_KEY} in the metadata: sizes read from the shapes, 64 channels a head assumed"
-    assert found.name == f"SDXL-like {kind}"
+    assert name_of(found) == f"SDXL-like {kind}"
     assert found.config.kind == kind
     assert same(found.config, CONFIGS[kind])
 

@@ -6,6 +6,7 @@ import pytest
 from checkpoints import RELEASED, expected_shapes, listed_shapes, released, sparse_file
 
 from sdxl_ref.weights.checkpoint import build_empty, prefixes
+from sdxl_ref.weights.identity import name_of
 from sdxl_ref.weights.opening import open_checkpoint
 
 COMMON = {"vae": 83_653_863, "text_encoder_2": 694_659_841}
@@ -36,5 +37,5 @@ def test_parameter_counts(kind: str) -> None:
 def test_a_file_is_told_by_its_header(kind: str, tmp_path: Path) -> None:
     found = open_checkpoint(sparse_file(tmp_path / "a.safetensors", listed_shapes(kind)))
     assert found.config == RELEASED[kind][0]
-    assert found.name == f"SD-XL 1.0 {kind} (by its keys and shapes)"
+    assert name_of(found) == f"SD-XL 1.0 {kind} (by its keys and shapes)"
     assert found.note == ""

@@ -12,6 +12,7 @@ from checkpoints import CONFIGS, LABEL, LOGIT_SCALE, NORM, error_of, kinds, meta
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sdxl_ref.weights.identity import vae_name
 from sdxl_ref.weights.names import EXAMPLE
 from sdxl_ref.weights.opening import POCKET, open_checkpoint
 from sdxl_ref.weights.report import describe
@@ -80,7 +81,7 @@ def test_stray_tensors_are_extras(with_config: bool, files: dict[str, Path], tmp
     described = describe(path)
     assert sorted(described.extras) == sorted(STRAYS)
     assert "conditioner.embedders.0.text_projection" in "\n".join(described.lines())
-    assert found.vae_name("") == open_checkpoint(files["base"]).vae_name("")
+    assert vae_name(found, "") == vae_name(open_checkpoint(files["base"]), "")
 
 
 def test_strays_survive_a_folder(files: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from sdxl_ref.cli import main as sdxl_ref
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import report
-from sdxl_ref.weights.checkpoint import CONFIG_KEY, KNOWN_FILES
+from sdxl_ref.weights.checkpoint import CONFIG_KEY
+from sdxl_ref.weights.identity import KNOWN_FILES
 from sdxl_ref.weights.report import describe
 from sdxl_ref.weights.tensor_files import sha256_of
 from weights_convert.cli import main as weights_convert

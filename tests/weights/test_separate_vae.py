@@ -22,6 +22,7 @@ from sdxl_ref.cli import main
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.checkpoint import CONFIG_KEY
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
+from sdxl_ref.weights.identity import vae_name
 from sdxl_ref.weights.opening import POCKET, open_checkpoint
 from sdxl_ref.weights.stated_config import config_to_json
 from weights_convert.convert import convert
@@ -102,7 +103,7 @@ def test_every_form_completes_a_file_and_replaces_its_own(
         assert found.config == REFINER
         assert found.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()  # of the checkpoint itself
         hashes = [hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in sorted(other.state_dict().items())))]
-        assert found.vae_name(found.sha256()).endswith(f", tensors sha256 {hashes[0].hexdigest()}")
+        assert vae_name(found, found.sha256()).endswith(f", tensors sha256 {hashes[0].hexdigest()}")
 
 
 @pytest.mark.parametrize("form", FORMS[2::3])

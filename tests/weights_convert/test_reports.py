@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import report
-from sdxl_ref.weights.checkpoint import KNOWN_FILES
+from sdxl_ref.weights.identity import KNOWN_FILES
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.tensor_files import sha256_of
 from weights_convert.cli import main

@@ -6,7 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sdxl_ref.diffusion.steps import Denoise, Step, add_noise, ancestral, check_amounts, levels, sampler
+from sdxl_ref.diffusion.higher_order import ancestral
+from sdxl_ref.diffusion.steps import Denoise, Step, add_noise, check_amounts, levels, sampler
 from sdxl_ref.noise import Generator
 
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sdxl_ref.diffusion.steps import Denoise, Step, add_noise, check_amounts, lambdas, levels, sampler
+from sdxl_ref.diffusion.higher_order import lambdas
+from sdxl_ref.diffusion.steps import Denoise, Step, add_noise, check_amounts, levels, sampler
 from sdxl_ref.noise import Generator
 
 

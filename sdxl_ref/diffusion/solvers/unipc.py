@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sdxl_ref.config import InputError
-from sdxl_ref.diffusion.steps import Denoise, Step, lambdas, levels, sampler
+from sdxl_ref.diffusion.higher_order import lambdas
+from sdxl_ref.diffusion.steps import Denoise, Step, levels, sampler
 from sdxl_ref.noise import Generator
 
 ORDERS = (1, 2, 3)
