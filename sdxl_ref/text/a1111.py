@@ -26,6 +26,7 @@ modules/sd_emphasis.py (`EmphasisOriginal`, the default for SDXL too), version 1
 """
 
 import re
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ MARK = re.compile(
     r"\\[()\[\]\\]?"
     r"|[(\[)]"
     r"|:\s*(?P<weight>[+-]?[.\d]+)\s*\)"
-    r"|(?P<when>:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\])"
+    r"|(?P<when>:\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\])"
     r"|\]"
     r"|[^\\()\[\]:]+"
     r"|:"
@@ -119,13 +120,7 @@ def not_read(markup: str) -> InputError:
 
 def merged(pieces: list[Piece]) -> list[Piece]:
     """Neighbours of the same weight as one."""
-    result: list[Piece] = []
-    for piece in pieces:
-        if result and result[-1].weight == piece.weight:
-            result[-1] = Piece(result[-1].text + piece.text, piece.weight)
-        else:
-            result.append(piece)
-    return result
+    return [Piece("".join(text for text, _ in same), w) for w, same in groupby(pieces, lambda piece: piece.weight)]
 
 
 class Wrapping:

@@ -100,8 +100,8 @@ class Inversions:
     def check_token(self, token: str, vectors: Iterable[str]) -> None:
         if not token.strip() or token != token.strip():
             raise InputError(f"expected a token without spaces around it, found {token!r}")
-        if token.lower() in tokens().values() or f"{token.lower()}</w>" in tokens().values():
-            raise InputError(f"{token!r} is a word of the vocabulary: choose another token, such as '<{token}>'")
+        if token.lower() in tokens().values():
+            raise InputError(f"{token!r} is a token of the vocabulary: choose another token, such as '<{token}>'")
         for tower in vectors:
             names = {name.lower() for name in self.vectors.get(tower, ())}
             if token.lower() in names:

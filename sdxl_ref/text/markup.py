@@ -11,7 +11,7 @@ KINDS = (  # one piece of each is quoted
     re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,300}>"),
     re.compile(r"\bBREAK\b"),
     re.compile(r"(?<=\s)(?<![A-Z]\s)AND(?=\s{1,9}(?![A-Z]{2})\S)"),  # not in SALT AND PEPPER
-    re.compile(r"\[[^\[\]]{0,300}:\s*\d*\.?\d+\s*\]"),  # [from:to:0.5]
+    re.compile(r"\[[^\[\]]{0,300}:\s*(?:\d+|\d*\.\d+)\s*\]"),  # [from:to:0.5]
     re.compile(r"\{[^{}|]{0,300}\|[^{}]{0,300}\}|\[[^\[\]|]{1,300}\|[^\[\]]{1,300}\]"),  # {one|another}, [one|another]
     re.compile(r"\bembedding:[\w.-]{1,100}"),
 )
