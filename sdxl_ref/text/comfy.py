@@ -27,8 +27,9 @@ Source: comfy/sd1_clip.py (`token_weights`, `SDTokenizer.tokenize_with_weights`,
 comfy/conds.py (`CONDCrossAttn`); two towers of unlike lengths: comfy_extras/nodes_clip_sdxl.py.
 """
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -135,6 +136,11 @@ def read(prompt: str, placeholders: Placeholders) -> list[Chunk]:
                 chunks[-1] += tokens[:room]
                 tokens = tokens[room:]
     return chunks
+
+
+def common(counts: Iterable[int]) -> int:
+    """The number of chunks for texts of so many each: the least to which all of them can be repeated."""
+    return math.lcm(*counts)
 
 
 def repeated(chunks: list[Chunk], count: int) -> list[Chunk]:

@@ -35,25 +35,21 @@ class Placeholders:
     def spell(self, text: str, whole_words: bool = False) -> list[list[int]]:
         """The ids of a text: of each stretch of words, and of each token that stands for vectors.
 
-        As diffusers' added tokens: wherever its letters occur, in capitals too, the longest first. `whole_words`: not
-        inside a longer word ("cats" is no token "cat"), as the web UI compares.
+        As diffusers' added tokens: wherever its letters occur, the longest first, in capitals too (of which diffusers
+        takes the first of several vectors only). `whole_words`: not inside a longer word ("cats" is no token "cat"), as
+        the web UI compares.
         """
         if not self.ids:
             return [encode(text)]
+        names = sorted(self.ids, key=len, reverse=True)
+        pattern = "|".join(f"({name_pattern(name, whole_words)})" for name in names)
         spelled = []
         start = 0
-        for match in self.pattern(whole_words).finditer(text):
-            spelled += [encode(text[start : match.start()]), self.ids[match[0].lower()]]
+        for match in re.finditer(pattern, text, re.IGNORECASE):
+            assert match.lastindex is not None
+            spelled += [encode(text[start : match.start()]), self.ids[names[match.lastindex - 1]]]
             start = match.end()
         return [*spelled, encode(text[start:])]
-
-    def pattern(self, whole_words: bool) -> re.Pattern[str]:
-        names = []
-        for name in sorted(self.ids, key=len, reverse=True):
-            before = r"(?<![^\W\d_])" if whole_words and name[0].isalpha() else ""
-            behind = r"(?![^\W\d_])" if whole_words and name[-1].isalpha() else ""
-            names.append(before + re.escape(name) + behind)
-        return re.compile("|".join(names), re.IGNORECASE)
 
     def of_name(self, name: str) -> list[int]:
         """The ids of a name as ComfyUI writes it, with or without .safetensors. InputError where none is loaded."""
@@ -71,6 +67,12 @@ class Placeholders:
         names = {ids[0]: f"{name} " for name, ids in self.ids.items()}
         stretches = groupby(ids, lambda i: i >= FIRST)
         return "".join("".join(names.get(i, "") for i in same) if far else decode(same) for far, same in stretches)
+
+
+def name_pattern(name: str, whole_words: bool) -> str:
+    before = r"(?<![^\W\d_])" if whole_words and name[0].isalpha() else ""  # no letter
+    behind = r"(?![^\W\d_])" if whole_words and name[-1].isalpha() else ""
+    return before + re.escape(name) + behind
 
 
 class Inversions:

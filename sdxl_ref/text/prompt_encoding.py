@@ -3,8 +3,7 @@
 It is imported where one of these is asked for; `conditioning.encode_text` is the usual way, with the same meaning.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ class Syntax(NamedTuple):
     """How a tool reads prompts: their chunks, the number for all texts of a call, padding to it, and the weights."""
 
     read: Callable[[str, Placeholders], list[Chunk]]
-    common: Callable[..., int]
+    common: Callable[[Iterable[int]], int]
     fill: Callable[[list[Chunk], int], list[Chunk]]
     weigh: Callable[["Tower", Tensor, Tensor], Tensor]
 
@@ -52,7 +51,7 @@ class Tower(NamedTuple):
 SYNTAXES = {
     "plain": Syntax(read_plain, max, padded, lambda tower, z, weights: z),
     "a1111": Syntax(a1111.read, max, padded, lambda tower, z, weights: a1111.weigh(z, weights)),
-    "comfy": Syntax(comfy.read, math.lcm, comfy.repeated, lambda tower, z, w: comfy.weigh(z, w, tower.empty())),
+    "comfy": Syntax(comfy.read, comfy.common, comfy.repeated, lambda tower, z, w: comfy.weigh(z, w, tower.empty())),
 }
 
 
@@ -106,7 +105,7 @@ def evened(read: list[list[list[Chunk]]], rule: Syntax) -> list[list[list[Chunk]
     InputError where they would be too many.
     """
     counts = [max(map(len, chunks)) for chunks in zip(*read, strict=True)]  # (b,)
-    count = rule.common(*set(counts)) if len(set(counts)) > 1 else counts[0]
+    count = rule.common(counts)
     if count > MOST_CHUNKS:
         numbers = ", ".join(map(str, sorted(set(counts))))
         raise InputError(f"prompts of {numbers} chunks of 75 tokens in one call want {count}: at most {MOST_CHUNKS}")

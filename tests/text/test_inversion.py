@@ -68,7 +68,7 @@ def diffusers_with(folder: Path, tokens: dict[str, dict[str, Tensor]], kind: str
     return peer
 
 
-PROMPTS = ["a <cat-toy> on a mat, <many>", "<many>, <many> and a<CAT-TOY>s", "no token here", "a sks dog, SKS"]
+PROMPTS = ["a <cat-toy> on a mat, <many>", "<many>, <many> and a<CAT-TOY>s", "no token here", "a sks dog, asksb"]
 
 
 @pytest.mark.parametrize("kind", sample(["base", "refiner"], "base"))
@@ -108,6 +108,12 @@ def test_a_token_of_one_tower_is_words_to_the_other_as_in_diffusers(tmp_path: Pa
 
 def ids(prompt: str, known: Placeholders, syntax: Any = read_plain) -> list[int]:
     return [token.id for chunk in syntax(prompt, known) for token in chunk]
+
+
+def test_capitals_are_the_token_with_all_its_vectors() -> None:
+    """diffusers takes only the first of several vectors then."""
+    assert ids("a ZQX", placeholders(zqx=2)) == [*encode("a"), FIRST, FIRST + 1]
+    assert ids("\u017fzq \u212azq", placeholders(szq=1, kzq=1)) == [FIRST, FIRST + 1]  # long s, the sign for kelvin
 
 
 def test_the_longest_token_comes_first() -> None:

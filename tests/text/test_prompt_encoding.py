@@ -17,6 +17,7 @@ from sdxl_ref import TextToImagePipeline, pack
 from sdxl_ref.config import InputError
 from sdxl_ref.networks.packing import why_not
 from sdxl_ref.text.conditioning import encode_text
+from sdxl_ref.text.inversion import Inversions
 from sdxl_ref.text.prompt_encoding import SYNTAXES, encode_prompts
 from sdxl_ref.text.tokenizer import END, START, encode
 from sdxl_ref.weights.offload import Offload
@@ -155,8 +156,12 @@ def test_a_clip_skip_that_leaves_no_layer_is_an_error(clip_skip: Any, message: s
 
 
 def everything(clip_l: Any, openclip: Any) -> tuple[Tensor, Tensor]:
-    prompts = ["a (cat:1.2)" + " tree" * 90, "b"]
-    return encode_prompts(clip_l, openclip, prompts, prompts, "cpu", syntax="comfy", clip_skip=1)
+    """Chunks, weights, vectors and an earlier state in one call."""
+    inversions = Inversions(pairs.BASE.text_encoders)
+    inversions.add("<x>", {"clip_l": torch.full((2, 32), 0.1), "clip_g": torch.full((2, 64), 0.1)})
+    prompts = ["a (cat:1.2), embedding:<x> " + " tree" * 90, "b"]
+    options: Any = {"syntax": "comfy", "clip_skip": 1, "inversions": inversions}
+    return encode_prompts(clip_l, openclip, prompts, prompts, "cpu", **options)
 
 
 def test_packed_towers() -> None:
