@@ -6,6 +6,7 @@ r"""Prompts as AUTOMATIC1111's web UI reads them: weights, chunks of 75 tokens, 
 | `[text]` | w / 1.1 |
 | `(text:1.3)` | 1.3 w |
 | `\(`, `\)`, `\[`, `\]`, `\\` | the character itself; another backslash vanishes |
+| `# text` | a comment up to the end of its line, left out |
 
 Neighbours of one weight are one text: `(un)(kind)` is the word "unkind". BREAK ends a chunk. A chunk that is full ends
 behind its last comma, if that is one of its last 20 tokens, and else where it is full. With z (77,d) a tower's output
@@ -22,7 +23,8 @@ BREAK in brackets (a word, and a negative weight), `(word:1.2.3)` (it fails), we
 is not read here: `[from:to:0.5]`, `[one|another]`, AND, `<lora:…>`. A closing bracket alone is text, as there.
 
 Source: modules/prompt_parser.py (`parse_prompt_attention`), modules/sd_hijack_clip.py (`tokenize_line`, `forward`),
-modules/sd_emphasis.py (`EmphasisOriginal`, the default for SDXL too), version 1.10.
+modules/sd_emphasis.py (`EmphasisOriginal`, the default for SDXL too), modules/processing_scripts/comments.py, version
+1.10.
 """
 
 import re
@@ -48,12 +50,14 @@ MARK = re.compile(
     r"|[^\\()\[\]:]+"
     r"|:"
 )
+COMMENT = re.compile(r"#[^\n]*")
 BREAK = re.compile(r"\bBREAK\b")
 NOT_READ = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,300}>|\bAND\b")
 
 
 def parse(prompt: str) -> list[list[Piece]]:
     """The pieces of a prompt between its BREAKs. InputError for what the module's docstring says is refused."""
+    prompt = COMMENT.sub("", prompt)
     if match := NOT_READ.search(prompt):
         raise not_read(match[0])
     return [merged(part) for part in Parser(prompt).parts]

@@ -19,9 +19,9 @@ keys that all occur equally often is attention to them once, so the padding chan
 first chunk's, without weights.
 
 Refused, where ComfyUI would do what nobody expects: a parenthesis without its partner (all weights behind it shift or
-are lost), weights that are not finite or beyond 100, `{one|another}`, which its page would draw from, and an embedding
-that is not loaded (left out with a note in the log). A tower for which a loaded one has no vectors reads nothing in its
-place, as there.
+are lost), weights that are not finite or beyond 100, an embedding that is not loaded (left out with a note in the log),
+and what its page does before it sends a prompt: choices (`{one|another}`) and comments (`//`, `/*`). A tower for which
+a loaded embedding has no vectors reads nothing in its place, as there.
 
 Source: comfy/sd1_clip.py (`token_weights`, `SDTokenizer.tokenize_with_weights`, `encode_token_weights`) and
 comfy/conds.py (`CONDCrossAttn`); two towers of unlike lengths: comfy_extras/nodes_clip_sdxl.py.
@@ -44,14 +44,17 @@ FACTOR = 1.1
 LONG = 8  # tokens of a text that may be cut
 MARK = re.compile(r"\\[()]|[()]|[^\\()]+|\\")
 EMBEDDING = re.compile(r"(?:(?<=\s)|^)embedding:(\S*)")
-CHOICE = re.compile(r"(?<!\\)\{[^{}]{0,300}\|[^{}]{0,300}\}")  # drawn by its page before the prompt is sent
+OF_THE_PAGE = re.compile(r"(?<!\\)\{[^{}]{0,300}\|[^{}]{0,300}\}|//|/\*")
 Group: TypeAlias = "list[str | Group]"  # what stands between two parentheses
 
 
 def parse(prompt: str) -> list[Piece]:
     """The pieces of a prompt. InputError for what the module's docstring says is refused."""
-    if match := CHOICE.search(prompt):
-        raise InputError(f"{match[0][:60]!r} in a prompt: choices are not drawn here, write the one that is wanted")
+    if match := OF_THE_PAGE.search(prompt):
+        raise InputError(
+            f"{match[0][:60]!r} in a prompt: ComfyUI's page draws choices and takes comments out before it sends a "
+            "prompt, which is not done here: write what is wanted"
+        )
     return list(weigh_group(grouped(prompt), 1.0))
 
 

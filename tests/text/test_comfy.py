@@ -58,7 +58,9 @@ REFUSED = {
     "(" * 50 + "word" + ")" * 50: "a weight must be within",
     "(" * 10_000 + "word" + ")" * 10_000: "nest at most 100 deep",
     "(" * 10_000: "nest at most 100 deep",
-    "a {cat|dog}": "'{cat|dog}' in a prompt: choices are not drawn here",
+    "a {cat|dog}": "'{cat|dog}' in a prompt: ComfyUI's page draws choices",
+    "a cat // a dog": "'//' in a prompt: ComfyUI's page draws choices and takes comments out",
+    "a /* cat */ dog": "'/*' in a prompt",
     "embedding:foo": "no embedding 'foo' is loaded",
     "a,embedding:foo": "expected a space in front of 'embedding:'",
 }
@@ -228,8 +230,8 @@ def test_a_few_vectors_stay_together() -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        *("(" * 30_000, ")" * 30_000, ":" * 30_000, "\\" * 30_001, "(a" * 20_000, "(a:" + "1" * 30_000 + ")"),
-        *(" " * 30_000, "(a:1" + " " * 30_000 + ")", "{a|" * 10_000, "embedding:" * 10_000, "(a)" * 3_000),
+        *("(" * 10_000, ")" * 10_000, ":" * 10_000, "\\" * 10_001, "(a" * 10_000, "(a:" + "1" * 20_000 + ")"),
+        *(" " * 10_000, "(a:1" + " " * 10_000 + ")", "{a|" * 10_000, "embedding:" * 10_000, "(a)" * 3_000),
         *("\U0001f600" * 5_000, "cat dog, " * 2_500, "(" * 90 + "a" + ":1)" * 90, "a\\(" * 10_000),
     ],
     ids=lambda prompt: f"{prompt[:6]} {len(prompt)}",
