@@ -66,10 +66,11 @@ def long_prompt_recipe(ids: list[int], pad: int, run: Any) -> Tensor:
 
 @pytest.mark.parametrize("syntax", ["a1111", "comfy"])
 def test_long_prompts_are_the_long_prompt_recipe_with_transformers_towers(syntax: str) -> None:
-    their = pairs.diffusers_parts("base")
+    clip_l, openclip = towers("base")
+    their = {"text_encoder": peers.transformers_clip(clip_l), "text_encoder_2": peers.transformers_openclip(openclip)}
     prompt = " ".join(random.Random(0).choices(["cat", "dog", "tree", "red", "blue", "house"], k=170))
     prompt_2 = " ".join(random.Random(1).choices(["sky", "sun", "cloud"], k=160))
-    context, pooled = encode_prompts(*towers("base"), [prompt], [prompt_2], "cpu", syntax=syntax)
+    context, pooled = encode_prompts(clip_l, openclip, [prompt], [prompt_2], "cpu", syntax=syntax)
 
     def hidden(name: str) -> Any:
         return lambda tokens: their[name](tokens, output_hidden_states=True).hidden_states[-2]
