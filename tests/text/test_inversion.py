@@ -19,6 +19,7 @@ from sdxl_ref.text.chunks import read_plain
 from sdxl_ref.text.inversion import FIRST, Inversions, Placeholders
 from sdxl_ref.text.prompt_encoding import encode_prompts
 from sdxl_ref.text.tokenizer import encode
+from sdxl_ref.weights.inversion_files import load_inversion
 
 PARITY = 1e-5  # float32, two towers
 WIDTHS = {"clip_l": 32, "clip_g": 64}
@@ -91,11 +92,15 @@ def test_tokens_are_read_as_by_diffusers(kind: str, tmp_path: Path) -> None:
     assert peers.distance(pooled, their_pooled) < PARITY
 
 
-def test_a_token_of_one_tower_is_words_to_the_other_as_in_diffusers(tmp_path: Path) -> None:
-    tokens = {"<cat-toy>": vectors(2, "clip_g")}
-    peer = diffusers_with(tmp_path, tokens, "base")
+def test_a_file_of_one_tower_is_words_to_the_other_as_in_diffusers(tmp_path: Path) -> None:
+    """Of diffusers' own form, which both read from the file."""
+    file = tmp_path / "learned_embeds.safetensors"
+    save_file({"<cat-toy>": vectors(2, "clip_g")["clip_g"]}, file)
+    peer = diffusers_with(tmp_path, {}, "base")
+    encoder, tokenizer = peer.text_encoder_2, peer.tokenizer_2
+    peer.load_textual_inversion(str(tmp_path), weight_name=file.name, text_encoder=encoder, tokenizer=tokenizer)
     ours = Inversions(pairs.BASE.text_encoders)
-    ours.add("<cat-toy>", tokens["<cat-toy>"])
+    assert load_inversion(ours, file) == "<cat-toy>"
     networks = pairs.networks("base")
     theirs, _, _, _ = peer.encode_prompt("a <cat-toy>", do_classifier_free_guidance=False)
     towers = networks["text_encoder"], networks["text_encoder_2"]
@@ -228,21 +233,3 @@ def test_the_second_tower_may_follow_later() -> None:
     loaded.add("<x>", vectors(2, "clip_g"))
     assert loaded.tokens == ["<x>"]
     assert [len(loaded.placeholders(tower).ids["<x>"]) for tower in WIDTHS] == [1, 2]
-
-
-def test_a_file_of_diffusers_own_is_one_for_both(tmp_path: Path) -> None:
-    """What diffusers loads from a file with one tensor is what is added here by hand."""
-    save_file({"<cat-toy>": vectors(2, "clip_g")["clip_g"]}, tmp_path / "learned_embeds.safetensors")
-    peer = diffusers_with(tmp_path, {}, "refiner")
-    peer.load_textual_inversion(
-        str(tmp_path),
-        weight_name="learned_embeds.safetensors",
-        text_encoder=peer.text_encoder_2,
-        tokenizer=peer.tokenizer_2,
-    )
-    ours = Inversions(pairs.REFINER.text_encoders)
-    ours.add("<cat-toy>", vectors(2, "clip_g"))
-    theirs, _, _, _ = peer.encode_prompt("a <cat-toy>", do_classifier_free_guidance=False)
-    tower = pairs.networks("refiner")["text_encoder_2"]
-    context, _ = encode_prompts(None, tower, ["a <cat-toy>"], ["a <cat-toy>"], "cpu", inversions=ours)
-    assert peers.distance(context, theirs) < PARITY
