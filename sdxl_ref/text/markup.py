@@ -1,4 +1,4 @@
-"""Markup of other tools in a prompt, which is words here: told once, with what there is in its place."""
+"""Markup of other tools in a plain prompt, where it is words: told once, with what reads it."""
 
 import re
 import warnings
@@ -11,7 +11,7 @@ KINDS = (  # one piece of each is quoted
     re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,300}>"),
     re.compile(r"\bBREAK\b"),
     re.compile(r"(?<=\s)(?<![A-Z]\s)AND(?=\s{1,9}(?![A-Z]{2})\S)"),  # not in SALT AND PEPPER
-    re.compile(r"\[[^\[\]]{0,300}:\s*\d*\.?\d+\s*\]"),  # [from:to:0.5]
+    re.compile(r"\[[^\[\]]{0,300}:\s*(?:\d+|\d*\.\d+)\s*\]"),  # [from:to:0.5]
     re.compile(r"\{[^{}|]{0,300}\|[^{}]{0,300}\}|\[[^\[\]|]{1,300}\|[^\[\]]{1,300}\]"),  # {one|another}, [one|another]
     re.compile(r"\bembedding:[\w.-]{1,100}"),
 )
@@ -24,8 +24,9 @@ def note_markup(prompts: str) -> None:
         pieces = [repr(match[0][:60]) for match in sorted(found, key=re.Match.start)]
         verb = "is" if len(pieces) == 1 else "are"
         warnings.warn(
-            f"{', '.join(pieces)} in a prompt {verb} read as words: there is no markup for weights, schedules, "
-            "alternatives, AND, BREAK or embeddings here; an adapter is put on with --lora FILE:SCALE, in Python with "
+            f"{', '.join(pieces)} in a prompt {verb} read as words: weights are read with prompt_syntax='a1111' (which "
+            "reads BREAK too) or 'comfy' (embedding:name too), from the command line with --prompt-syntax; schedules, "
+            "alternatives and AND are not; an adapter is put on with --lora FILE:SCALE, in Python with "
             "load_lora_weights and set_adapters",
             stacklevel=3,
         )

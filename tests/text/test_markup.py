@@ -61,7 +61,7 @@ def test_markup_is_quoted(prompt: str, quoted: str) -> None:
         note_markup(prompt)
     [warning] = caught
     assert str(warning.message).startswith(f"{quoted!r} in a prompt is read as words")
-    for place in ("--lora FILE:SCALE", "load_lora_weights"):
+    for place in ("prompt_syntax=", "--prompt-syntax", "--lora FILE:SCALE", "load_lora_weights"):
         assert place in str(warning.message)
 
 
@@ -113,4 +113,5 @@ def test_long_prompts_take_no_time(piece: str) -> None:
         warnings.simplefilter("ignore")
         note_markup(prompt)
         note_markup(f"({prompt}")
+        note_markup(f"[:{prompt}")
     assert time.perf_counter() - began < 5
