@@ -100,7 +100,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, prepare: Prepare, scale: int = 1, resul
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         shape = b, conv.out_channels, scale * h, scale * w
         result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    rows = rows_of_a_band(x)
+    rows = max(1, rows_of_a_band(x) // scale**2)
     above = x[:, :, :0]
     for top in range(0, h, rows):
         bottom = min(top + rows, h)
