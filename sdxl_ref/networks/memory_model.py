@@ -37,7 +37,7 @@ class Allocations(TorchDispatchMode):
     """Allocates every storage that an operator makes, until it is freed, and the buffers of kernels."""
 
     def __init__(self, heap: Heap, onednn: bool, packed: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.heap = heap
         self.onednn = onednn
         self.packed = packed

@@ -5,6 +5,8 @@ Loaded where a plan is asked for. `fitting` is the decision; its line names what
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from sdxl_ref.networks.vae import AttnBlock, ResnetBlock
 from sdxl_ref.pipelines.free_memory import free_memory
 from sdxl_ref.weights.checkpoint import build_empty, prefixes
 
-KERNELS = 4e7  # bytes: what the first evaluations load, measured: code, threads, their buffers
+KERNELS = 7.5e7  # bytes: what a first run loads besides, measured: code, vocabulary, threads and their buffers
+HALF_KERNELS = 2e7  # and in half precision
 TOKENS = 77
 LARGEST = 2**14  # pixels: from here on what is needed grows by the area
 LARGEST_IN_BANDS = 2**10  # else the plan itself takes seconds
@@ -78,17 +81,16 @@ def plan(run: Run) -> Plan:
     weights = {part: size_of(network) for part, network in networks.items()}
     in_bands = run.tiled or run.packed
     heap = Heap(KEPT_BLOCKS, keeps_growing=False) if run.packed else Heap()
+    kernels = KERNELS + (HALF_KERNELS if run.dtype.itemsize == 2 else 0)
     stages = {}
     for stage, (evaluate, factor) in evaluations(run, networks, LARGEST_IN_BANDS if in_bands else LARGEST).items():
         before = heap.size if run.low_memory else 0
         needed = peak_memory(evaluate, heap, onednn=run.device == "cpu", packed=run.packed) - before
-        stages[stage] = int(KERNELS + factor * needed)
+        stages[stage] = int(kernels + factor * needed)
     return Plan(run, weights, stages)
 
 
-def evaluations(
-    run: Run, networks: dict[str, nn.Module], largest: int
-) -> dict[str, tuple[Callable[[], Any], float]]:
+def evaluations(run: Run, networks: dict[str, nn.Module], largest: int) -> dict[str, tuple[Callable[[], Any], float]]:
     """One evaluation for each stage, in order, and how many times what it needs the stage does."""
     config = run.config
     vae: Any = networks["vae"]
@@ -137,7 +139,7 @@ def work_as_packed(network: nn.Module) -> None:
     }
     for block in network.modules():
         if type(block) in forwards:
-            block.forward = (lambda forward, block: lambda *inputs: forward(block, *inputs))(forwards[type(block)], block)
+            block.forward = partial(forwards[type(block)], block)
 
 
 def packed_geglu(block: Any, x: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def advice(run: Run, free: int) -> str:
     if not run.low_memory:
         options["--low-memory"] = {"low_memory": True}
     names = list(options)
-    choices = [[name] for name in names] + [[a, b] for a in names for b in names if a < b] + [names]
+    choices = [[name] for name in names] + [list(pair) for pair in combinations(names, 2)] + [names]
     for chosen in choices:
         changes = {key: value for name in chosen for key, value in options[name].items()}
         smaller = plan(replace(run, **changes))

@@ -1,4 +1,4 @@
-"""A pipeline's denoiser by windows: what each window's UNet is told of it. Loaded where large pictures are asked for."""
+"""A pipeline's denoiser by windows, each told which crop it is. Loaded where large pictures are asked for."""
 
 from dataclasses import replace
 from typing import Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import checks
@@ -40,7 +41,7 @@ def test_windows_cover_a_side(length: int, size: int, overlap: int) -> None:
     starts = [start for start, _ in windows]
     assert starts[0] == 0
     assert starts[-1] == length - min(size, length)
-    assert all(before + size - after >= overlap for before, after in zip(starts, starts[1:], strict=False))
+    assert all(before + size - after >= overlap for before, after in pairwise(starts))
     if len(starts) > 1:  # and there are no more of them than needed
         assert (len(starts) - 2) * (size - overlap) + size < length
 

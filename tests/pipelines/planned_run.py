@@ -33,7 +33,6 @@ def main(kind: str, dtype: str, size: str, tiled: str, packed: str) -> None:
         int(size),
         int(size),
         dtype=getattr(torch, dtype),
-        vae_dtype=torch.float32 if kind in ("refiner", "base") else getattr(torch, dtype),
         encodes=config.kind == "refiner",
         tiled=tiled == "tiled",
         packed=packed == "packed",
