@@ -6,13 +6,18 @@ from itertools import pairwise
 from typing import Any
 
 import checks
+import peers
 import pytest
 import torch
+from cases import sample
 from torch import Tensor
 
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.samplers import SAMPLERS
 from sdxl_ref.diffusion.tiles import Tile, Tiled, spans
+from sdxl_ref.networks.heap_model import Heap
+from sdxl_ref.networks.memory_model import peak_memory
+from sdxl_ref.weights.checkpoint import build_empty
 
 ROUNDING = 1e-6  # of a sum of weights in float32
 SIGMA = torch.tensor(2.0)
@@ -99,6 +104,19 @@ def test_windows_that_disagree_fade_into_each_other() -> None:
     assert torch.allclose(found[0, 0, [0, -1], 0], torch.tensor([0.0, 1.0]), atol=0.01)
     assert found.diff(dim=2).max() <= 1.01 * torch.pi / 2 / 8
     assert found.diff(dim=2).min() >= 0
+
+
+@pytest.mark.parametrize("times", sample([2, 4], 2))
+def test_sixteen_times_the_area_takes_the_memory_of_one_window(times: int) -> None:
+    """Of the UNet's evaluation, planned by the model that tests hold to what is measured."""
+    unet = build_empty("unet", peers.TINY_REFINER)
+
+    def peak(side: int) -> int:
+        x, context, y = (torch.empty(shape, device="meta") for shape in ((1, 4, side, side), (1, 77, 64), (1, 1328)))
+        tiled = Tiled(lambda tile: lambda x, sigma: unet(x, sigma.expand(len(x)), context, y), 32, 8)
+        return peak_memory(lambda: tiled(x, SIGMA.to("meta")), Heap(threshold=1, keeps_growing=False))
+
+    assert peak(32 * times) <= 1.3 * peak(32)
 
 
 @pytest.mark.parametrize(

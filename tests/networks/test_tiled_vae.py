@@ -220,10 +220,17 @@ def seam_ratio(rows: list[float], height: int) -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.parametrize("what", ["decode", "encode"])
-@pytest.mark.parametrize(("size", "finer"), [(320, 32), pytest.param(1024, 1, marks=pytest.mark.sweep)])
-def test_half_the_memory_of_the_untiled_one(size: int, finer: int, what: str) -> None:
-    """With bands of a part of their size, which is 1024 px in small."""
-    compare_at(32, size, what, finer)
+@pytest.mark.parametrize(
+    ("ch", "size", "finer"),
+    [
+        (32, 320, 32),
+        pytest.param(32, 1024, 1, marks=pytest.mark.sweep),
+        pytest.param(128, 1024, 1, marks=pytest.mark.full),
+    ],
+)
+def test_half_the_memory_of_the_untiled_one(ch: int, size: int, finer: int, what: str) -> None:
+    """`finer`: with bands of a part of their size, which is 1024 px in small."""
+    compare_at(ch, size, what, finer)
 
 
 def compare_at(ch: int, size: int, what: str, finer: int = 1) -> None:

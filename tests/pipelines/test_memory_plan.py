@@ -34,6 +34,15 @@ def test_the_plan_is_what_a_run_takes(case: tuple[str, str, int, str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.full
+@pytest.mark.parametrize("size", [128, 512, 1024, 1536])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["refiner", "base"])
+def test_the_plan_at_full_size(kind: str, dtype: str, size: int) -> None:
+    check(kind, dtype, size, "tiled" if size > 512 else "plain", "plain")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_plan_of_packed_networks(dtype: str) -> None:
