@@ -3,6 +3,8 @@
 import ctypes
 import sys
 
+KEPT_BLOCKS = 1 << 28  # bytes: larger ones stay the system's
+
 
 def keep_freed_memory() -> None:
     """Have glibc make tensors of freed memory, instead of the system's new pages each time.
@@ -14,8 +16,8 @@ def keep_freed_memory() -> None:
     mmap_threshold = -3
     trim_threshold = -1
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and mallopt(mmap_threshold, 1 << 28):
-        mallopt(trim_threshold, 1 << 28)
+    if mallopt and mallopt(mmap_threshold, KEPT_BLOCKS):
+        mallopt(trim_threshold, KEPT_BLOCKS)
 
 
 def give_freed_memory_back() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdxl_ref import pack
-from sdxl_ref.networks import packed_vae
+from sdxl_ref.networks import bands
 
 FLOAT32 = 5e-6
 
@@ -32,11 +32,11 @@ def test_bands_are_the_whole(
     packed: Any = pack(plain)
     z = checks.normal(2, 4, *size, seed=1).float().contiguous(memory_format=layout)
     picture = checks.normal(2, 3, 8 * size[0], 8 * size[1], seed=2).float().contiguous(memory_format=layout)
-    monkeypatch.setattr(packed_vae, "LARGE", 0)
-    monkeypatch.setattr(packed_vae, "rows_of_a_band", lambda x: rows)
+    monkeypatch.setattr(bands, "LARGE", 0)
+    monkeypatch.setattr(bands, "rows_of_a_band", lambda x: rows)
     counted = []
-    convolve = packed_vae.convolve
-    monkeypatch.setattr(packed_vae, "convolve", lambda *a, **k: counted.append(1) or convolve(*a, **k))
+    convolve = bands.convolve
+    monkeypatch.setattr(bands, "convolve", lambda *a, **k: counted.append(1) or convolve(*a, **k))
     assert peers.distance(packed.decode(z), plain.decode(z)) <= FLOAT32
     assert len(counted) > 20
     assert peers.distance(packed.encode(picture).mean, plain.encode(picture).mean) <= FLOAT32
@@ -49,16 +49,16 @@ def test_the_statistics_are_those_of_the_whole_map(offset: float, monkeypatch: p
     norm.weight.copy_(checks.normal(64, seed=1))
     norm.bias.copy_(checks.normal(64, seed=2))
     x = (checks.normal(2, 64, 9, 5, seed=0) + offset).float()
-    monkeypatch.setattr(packed_vae, "rows_of_a_band", lambda x: 2)
+    monkeypatch.setattr(bands, "rows_of_a_band", lambda x: 2)
     exact = torch.nn.functional.silu(norm.double()(x.double()))
     plain = torch.nn.functional.silu(norm.float()(x))
-    ours = packed_vae.normalize(x, norm)(x)
+    ours = bands.normalize(x, norm)(x)
     assert peers.distance(ours, exact) <= 1.5 * peers.distance(plain, exact) + 1e-7
 
 
 def test_who_watches_a_layer_sees_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: Any = pack(peers.small_vae(seed=0).eval().requires_grad_(False))
-    monkeypatch.setattr(packed_vae, "LARGE", 0)
+    monkeypatch.setattr(bands, "LARGE", 0)
     seen: list[Tensor] = []
     packed.decoder.up[0].block[0].conv1.register_forward_hook(lambda *call: seen.append(call[2]))
     packed.decode(checks.normal(1, 4, 5, 4, seed=1).float())
@@ -100,7 +100,7 @@ def test_other_layers_are_not_cut_into_bands(change: Any, monkeypatch: pytest.Mo
     packed: Any = pack(plain)
     change(plain)
     change(packed)
-    monkeypatch.setattr(packed_vae, "LARGE", 0)
-    monkeypatch.setattr(packed_vae, "rows_of_a_band", lambda x: 3)
+    monkeypatch.setattr(bands, "LARGE", 0)
+    monkeypatch.setattr(bands, "rows_of_a_band", lambda x: 3)
     z = checks.normal(1, 4, 5, 4, seed=1).float()
     assert peers.distance(packed.decode(z), plain.decode(z)) <= FLOAT32
