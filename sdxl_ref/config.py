@@ -145,11 +145,6 @@ class ModelConfig:
     prediction: str = "epsilon"  # what the UNet returns: the noise, or "v"
 
     def __post_init__(self) -> None:
-        unet_blocks = self.unet.num_res_blocks * sum(depth + 1 for depth in self.unet.depths)
-        vae_blocks = self.vae.num_res_blocks * len(self.vae.ch_mult)
-        blocks = max(unet_blocks, vae_blocks, *(text.layers for text in self.text_encoders))
-        if blocks > 1000:
-            raise InputError(f"expected networks of at most 1000 blocks, found {blocks}")
         if self.prediction not in PREDICTIONS:
             raise InputError(unknown("prediction", self.prediction, PREDICTIONS))
         if type(self.resolution) is not int or self.resolution % 8 or not 8 <= self.resolution <= 10**4:

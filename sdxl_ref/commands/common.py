@@ -23,6 +23,7 @@ from sdxl_ref.pipelines.request import SAMPLER_OPTIONS, Request
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.identity import name_of, vae_name
 from sdxl_ref.weights.saving import PREFIX, replacing
+from sdxl_ref.weights.tensor_files import sha256_of
 
 GUIDANCE = ("negative_prompt", "guidance_scale", "guidance_rescale", "guidance_interval")  # fields of a request
 SAMPLING = ("sampler", "spacing", "karras", "sigmas", "timesteps", *SAMPLER_OPTIONS)
@@ -31,7 +32,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures that are written
 VARIANT = "fp16: read files such as model.fp16.safetensors of a folder or a repository"
 SWITCHES = ("switch", "switch_sigma", "switch_step")  # of the ensemble
-SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
+TEXT = ("prompt_syntax", "clip_skip")
+SHARED = ("prompt", *TEXT, "tile", *GUIDANCE, *SAMPLING)  # what both commands have options for
 
 
 def add_switch_options(p: argparse.ArgumentParser) -> None:
@@ -45,7 +47,9 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", required=True, help="what the picture shows")
     p.add_argument("--steps", type=int, default=50, help="steps of the whole schedule")
     p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own, or euler")
-    add_request_options(p, Request, *(name for name in (*GUIDANCE, *SAMPLING) if name not in ("sampler", *LISTS)))
+    own = ("prompt", "sampler", *LISTS)
+    add_request_options(p, Request, *(name for name in SHARED if name not in own))
+    p.add_argument("--embedding", action="append", default=[], metavar="FILE", help="textual inversion; repeatable")
     for field in fields(Request):
         if field.name in LISTS:
             flag = f"--{field.name.replace('_', '-')}"
@@ -248,6 +252,13 @@ def adapter_files(texts: Sequence[str]) -> list[Path]:
 def put_on(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
     """Put adapters (`FILE` or `FILE:SCALE`) on a pipeline and say where they fit; returns what its settings say."""
     return adapter_options().put_on(pipe, texts) if texts else {"lora": [], "lora_sha256": []}
+
+
+def load_embeddings(pipe: Any, files: Sequence[str]) -> dict[str, Any]:
+    """Have words stand for the vectors of files; returns what the settings say of them."""
+    for file in files:
+        pipe.load_textual_inversion(file)
+    return {"embeddings": list(files), "embeddings_sha256": [sha256_of(Path(file)) for file in files]} if files else {}
 
 
 def adapter_options() -> Any:

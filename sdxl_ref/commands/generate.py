@@ -11,12 +11,14 @@ import torch
 from sdxl_ref.commands import common
 from sdxl_ref.commands.common import SHARED, SWITCHES
 from sdxl_ref.commands.experts import opened, refiner_settings
+from sdxl_ref.commands.room import fitted
 from sdxl_ref.config import InputError
 from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.sheets import contact_sheet
 from sdxl_ref.pictures.watermark import check as check_watermark
 from sdxl_ref.pictures.watermark import embed
 from sdxl_ref.pipelines.ensemble import EnsemblePipeline, EnsembleRequest
+from sdxl_ref.pipelines.first_noise import check_size
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
 from sdxl_ref.pipelines.plans import STRENGTH
 from sdxl_ref.pipelines.request import Request
@@ -57,22 +59,29 @@ def run(a: argparse.Namespace) -> None:
     outs = common.names_of_several(out, a.num_images)
     models = [a.base] if a.refiner in (None, a.base) else [a.base, a.refiner]
     common.check_writable(
-        *dict.fromkeys((*outs, out)), a.save_latents, read=[*models, a.vae, *common.adapter_files(a.lora)]
+        *dict.fromkeys((*outs, out)), a.save_latents, read=[*models, a.vae, *a.embedding, *common.adapter_files(a.lora)]
     )
     common.check_format(out)
     seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
     first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds])
     files = opened(a.base, a.refiner, a.variant, a.vae)
+    check_size(first)
     plans = say_plans(a, files, first, second)
 
     device = common.pick_device(a.device)
+    resolution = files[0].config.resolution
+    size = (a.height or resolution, a.width or resolution)
+    first, tiles_vae = fitted(a, files, first, size, device)
+    second = replace(second, tile=first.tile)
     make_faster = common.faster(a, device)
     base, refiner, identities = pipelines(a, files, device)
     pipe = EnsemblePipeline(base, refiner) if refiner is not None else base
-    adapters = common.put_on(pipe, a.lora)
-    made = make_faster(pipe)
+    for model in pipe.models():
+        model.tiles_vae = tiles_vae
+    adapters = common.load_embeddings(pipe, a.embedding) | common.put_on(pipe, a.lora)
+    made = make_faster(pipe) | {"tile": first.tile, "tiles_vae": tiles_vae}
     if a.watermark:
-        check_watermark(a.width or base.config.resolution, a.height or base.config.resolution)
+        check_watermark(size[1], size[0])
     latents = (base if a.two_stage else pipe).run(first)  # (b,4,h,w)
     if a.two_stage:
         assert refiner is not None

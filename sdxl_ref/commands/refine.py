@@ -12,8 +12,9 @@ from PIL import Image
 
 from sdxl_ref.commands import common
 from sdxl_ref.commands.common import SHARED
+from sdxl_ref.commands.room import fitted
 from sdxl_ref.config import InputError
-from sdxl_ref.pictures.images import fit, from_tensor, load_image, to_tensor
+from sdxl_ref.pictures.images import MULTIPLE, fit, from_tensor, load_image, to_tensor
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
 from sdxl_ref.pipelines.pipeline import NEGATIVE_SCORE, SCORE, refuse_unusable
 from sdxl_ref.pipelines.plans import STRENGTH
@@ -34,12 +35,13 @@ EXAMPLES = """examples:
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
-    size = "shrunk to at most 1024x1024 pixels of area, then cropped around the centre to multiples of 8"
+    size = "shrunk to --max-pixels, 1024x1024, of area, then cropped around the centre to multiples of 8"
     p.epilog = EXAMPLES
     p.add_argument("image", help=f"a picture of any kind and size: {size}")
     p.add_argument("--checkpoint", metavar="MODEL", help="refiner or base: file, folder, hub's repository, or pocket")
     p.add_argument("--base", metavar="MODEL", help="with --refiner, in place of --checkpoint: both in one run")
     p.add_argument("--refiner", metavar="MODEL", help="takes over from the base: see --switch of generate")
+    p.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="shrink a picture of more than this area to it")
     p.add_argument("--mask", metavar="FILE", help="a picture of its size: white is painted, black stays")
     common.add_request_options(p, Request, *OWN, *SCORES, *BASE_ONLY)
     common.add_switch_options(p)
@@ -50,14 +52,14 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     out = a.out or common.free_name(Path(f"{Path(a.image).stem}-refined.png"))
     check(a)
-    read = [a.image, a.mask, a.checkpoint, a.base, a.refiner, a.vae, *common.adapter_files(a.lora)]
+    read = [a.image, a.mask, a.checkpoint, a.base, a.refiner, a.vae, *a.embedding, *common.adapter_files(a.lora)]
     common.check_writable(out, a.save_latents, read=[source for source in read if source is not None])
     common.check_format(out)
     device = common.pick_device(a.device)
     photo = load_image(a.image)
     photo_sha256 = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
-    picture = fit(photo, MAX_PIXELS)
-    mask = None if a.mask is None else common.masking().fitted(a.mask, photo, MAX_PIXELS)
+    picture = fit(photo, a.max_pixels)
+    mask = None if a.mask is None else common.masking().fitted(a.mask, photo, a.max_pixels)
     if a.watermark:
         common.watermarks().check(*picture.size)
 
@@ -66,12 +68,16 @@ def run(a: argparse.Namespace) -> None:
     pipeline = pipeline_of(a)
     plan = pipeline.plan_for(request, *(checkpoint.defaults for checkpoint in checkpoints))  # before weights are read
     settings |= common.sampling_settings(request.completed(checkpoints[0].defaults))
+    request, tiles_vae = fitted(a, checkpoints, request, (picture.height, picture.width), device)
     make_faster = common.faster(a, device)
     identities = common.identities(*checkpoints)  # later the file may have left the system's cache
     pipe = pipeline.from_pretrained(*checkpoints, **common.dtypes(a), device=device, prediction=a.prediction)
     settings |= made_by(identities(), plan)
     for checkpoint in checkpoints:
         common.say_what_runs(checkpoint, a.dtype, device)
+    for model in pipe.models():
+        model.tiles_vae = tiles_vae
+    settings |= {"tile": request.tile, "tiles_vae": tiles_vae} | common.load_embeddings(pipe, a.embedding)
     settings |= common.put_on(pipe, a.lora) | {"device": str(device)} | make_faster(pipe)
     print(f"picture: {photo.width}x{photo.height}, used at {picture.width}x{picture.height}")
     print(f"plan: {plan}", flush=True)
@@ -100,6 +106,8 @@ def check(a: argparse.Namespace) -> None:
     """InputError unless the options name one model, or a base and a refiner."""
     if (a.checkpoint is None) == (a.base is None and a.refiner is None) or (a.base is None) != (a.refiner is None):
         raise InputError("name the model by --checkpoint, or both of an ensemble by --base and --refiner")
+    if a.max_pixels < MULTIPLE**2:
+        raise InputError(f"--max-pixels must be at least {MULTIPLE**2}, found {a.max_pixels}")
     for name in common.SWITCHES:
         if a.refiner is None and getattr(a, name) is not None:
             raise InputError(

@@ -59,6 +59,12 @@ class CallablePipeline:
 
     steered = Elsewhere("steering")
     mask_of = Elsewhere("masking")
+    tiled_denoiser = Elsewhere("tiling")
+    tiled_vae = Elsewhere("tiling")
+    text_encoding = Elsewhere("prompts")
+    own_embeds = Elsewhere("prompts")
+    load_textual_inversion = Elsewhere("prompts")
+    unload_textual_inversion = Elsewhere("prompts")
     pack = Elsewhere("packed")
     unpack = Elsewhere("packed")
     load_lora_weights = Elsewhere("adapting")
@@ -80,7 +86,7 @@ class CallablePipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
         *,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -120,11 +126,9 @@ class CallablePipeline:
 
     def request(self, **arguments: Any) -> Any:
         """A request of a call's arguments. TypeError that names the nearest one where there is no such argument."""
-        names = [field.name for field in fields(self.request_type)]
-        for name in arguments:
-            if name not in names:
-                known = inspect.signature(self.__call__).parameters
-                raise TypeError(f"{type(self).__name__}: {unknown('argument', name, known)}")
+        for name in arguments.keys() - {field.name for field in fields(self.request_type)}:
+            known = inspect.signature(self.__call__).parameters
+            raise TypeError(f"{type(self).__name__}: {unknown('argument', name, known)}")
         return self.request_type(**arguments)
 
     @torch.no_grad()
@@ -134,7 +138,9 @@ class CallablePipeline:
         Returns pictures (b,3,H,W) in [0,1], or, where its `output_type` is "latent", latents (b,4,h,w).
         """
         prompts = f"{request.prompt}\n{request.prompt_2}\n{request.negative_prompt}\n{request.negative_prompt_2}"
-        if any(mark in prompts for mark in ("(", "<", "[", "{", "AND", "BREAK", "embedding:")):
+        if request.prompt_syntax == "plain" and any(
+            mark in prompts for mark in ("(", "<", "[", "{", "AND", "BREAK", "embedding:")
+        ):
             from sdxl_ref.text.markup import note_markup  # other tools'
 
             note_markup(prompts)
@@ -182,7 +188,7 @@ def _documented(call: Callable[..., PipelineOutput], request_type: type[Request]
     """`call` with the fields of a request in its signature and its docstring."""
 
     @functools.wraps(call)
-    def documented(self: Any, prompt: Prompt, **arguments: Any) -> PipelineOutput:
+    def documented(self: Any, prompt: Prompt | None = None, **arguments: Any) -> PipelineOutput:
         return call(self, prompt, **arguments)
 
     itself, prompt, *others = inspect.signature(call).parameters.values()

@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,9 +190,9 @@ class EnsemblePipeline(CallablePipeline):
         start = start_of(self.base, r, grid)  # x (b,4,h,w)
         experts: list[Denoise] = []
         for model in self.models():
-            text = model.encode_request(r, len(start.x))
-            conditioning = model.condition(r, text, self.base.picture_size(start.x))
-            experts.append(model.wrapped(model.denoiser(r, conditioning, grid)))
+            own = r if model is self.base else replace(r, prompt_2=None, negative_prompt_2=None)
+            text = model.encode_request(own, len(start.x))
+            experts.append(model.wrapped(model.conditioned(own, text, start.x, grid)))
         base, refiner = experts
         denoise = self.wrapped(Experts(base, refiner, switch))
         if start.mask is not None:

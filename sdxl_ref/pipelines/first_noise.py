@@ -10,12 +10,22 @@ from sdxl_ref.diffusion.schedule import TRAIN_STEPS, Grid, NoiseSchedule
 from sdxl_ref.noise import Generator, draw_noise, fresh_generators
 from sdxl_ref.pipelines.request import Request
 
+LARGEST_SIDE = 16_384  # pixels; a picture of 4096 is more than most machines have memory for
+
+
+def check_size(r: Request) -> None:
+    """InputError unless a picture may have the sides that are asked for."""
+    for name, side in (("height", r.height), ("width", r.width)):
+        if side is not None and (not 8 <= side <= LARGEST_SIDE or side % 8):
+            raise InputError(f"{name} must be a multiple of 8, from 8 to {LARGEST_SIDE}, found {side}")
+
 
 def first_noise(pipe: Any, r: Request, grid: Grid) -> tuple[Tensor, Generator]:
     """Noise (b,4,h,w) at the first level of the grid, and the generators that go on from there.
 
     A warning where that level is far below pure noise, as with "leading" and 1 or 2 steps.
     """
+    check_size(r)
     if pipe.config.kind == "refiner":
         level = "" if r.latents is None else ", and the strength or the denoising_start at which these stand"
         raise InputError(f"a refiner has not learnt pure noise: give an image, or noisy latents{level}")

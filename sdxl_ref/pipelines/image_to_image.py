@@ -9,5 +9,4 @@ ImageToImageRequest = Request
 class ImageToImagePipeline(Pipeline):
     """A refiner or a base on a picture. Arguments have the names and meanings of the ecosystem's img2img pipeline."""
 
-    kind = "refiner"
     kinds = ("refiner", "base")

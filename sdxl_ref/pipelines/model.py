@@ -26,8 +26,7 @@ class Model(CallablePipeline):
     Every part may be replaced (compiled, fine-tuned); it is looked up when a run starts.
     """
 
-    kind: str  # "base" or "refiner": what "pocket" is
-    kinds: tuple[str, ...]  # what it runs
+    kinds: tuple[str, ...]  # what it runs, "base" or "refiner"; the first one is what "pocket" is
 
     def __init__(
         self, config: ModelConfig, unet: Module, vae: Module, text_encoder_2: Module, text_encoder: Module | None = None
@@ -42,18 +41,20 @@ class Model(CallablePipeline):
         self.checkpoint: Checkpoint | None = None
         self.defaults = SDXL
         self.offload: Offload | None = None  # where parts come when they work
+        self.tiles_vae = False
+        self.inversions: Any = None  # words that stand for vectors: see `prompts`
         self.vae_scale_factor = int(2 ** (len(config.vae.ch_mult) - 1))  # how many times smaller a latent's side is
 
     @classmethod
     def check(cls, config: ModelConfig, path: str | Path = "") -> None:
         """InputError where this pipeline cannot run a model of this configuration."""
         if config.kind not in cls.kinds:
-            check_kind(cls.kind, config, path)
+            check_kind(cls.kinds[0], config, path)
 
     @classmethod
     def open(cls, name: str | Path | Checkpoint, variant: str | None = None, **hub: Any) -> Checkpoint:
         """Open a checkpoint without reading its weights. InputError unless this pipeline can run it."""
-        checkpoint = open_checkpoint(name, cls.kind, variant=variant, **hub)
+        checkpoint = open_checkpoint(name, cls.kinds[0], variant=variant, **hub)
         cls.check(checkpoint.config, checkpoint.path)
         return checkpoint
 
@@ -127,6 +128,11 @@ class Model(CallablePipeline):
                 network.to(device=device, dtype=dtype)
         self.vae.to(device=device)
         return self
+
+    @property
+    def autoencoder(self) -> Any:
+        """The VAE, in bands of rows where it is to need less memory: see `enable_vae_tiling`."""
+        return self.tiled_vae() if self.tiles_vae else self.vae
 
     @property
     def device(self) -> torch.device:

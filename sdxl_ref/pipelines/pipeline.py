@@ -3,6 +3,7 @@ arXiv:2108.01073), down to a picture (Podell et al. 2023, arXiv:2307.01952).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ UNUSABLE = {  # fields of a request, by kind of model
     "refiner": ("prompt_2", "negative_prompt_2", "target_size", "negative_target_size"),
     "base": ("aesthetic_score", "negative_aesthetic_score"),
 }
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_syntax", "clip_skip")
 SCORE = 6.0
 NEGATIVE_SCORE = 2.5
 
@@ -48,13 +50,19 @@ class Pipeline(Model):
         refuse_unusable(self.config.kind, r)
         start = start_of(self, r, grid)  # x (b,4,h,w)
         text = self.encode_request(r, len(start.x))
-        conditioning = self.condition(r, text, self.picture_size(start.x))
-        denoise = self.wrapped(self.denoiser(r, conditioning, grid))
+        denoise = self.wrapped(self.conditioned(r, text, start.x, grid))
         if start.mask is not None:
             denoise = start.mask.around(denoise)
         for step in sample(r, denoise, start.x, grid.sigmas, start.generator):
             yield step
         return self.finished(r, step, start.mask)
+
+    def conditioned(self, r: Request, text: PromptEmbeds, x: Tensor, grid: Grid) -> Denoise:
+        """`denoise(x, sigma)` of latents like x (b,4,h,w), whole or in tiles."""
+        size = self.picture_size(x)
+        if r.tile:
+            return self.tiled_denoiser(r, text, size, grid)
+        return self.denoiser(r, self.condition(r, text, size), grid)
 
     @property
     def zeros(self) -> bool:
@@ -72,16 +80,12 @@ class Pipeline(Model):
         return latents.shape[2] * self.vae_scale_factor, latents.shape[3] * self.vae_scale_factor
 
     def encode_request(self, r: Request, count: int) -> PromptEmbeds:
-        """What the UNet reads of a request's prompts, for `count` pictures. A refiner has no second prompt."""
-        is_base = self.config.kind == "base"
-        return self.encode_prompt(
-            r.prompt,
-            r.prompt_2 if is_base else None,
-            num_images_per_prompt=count // r.prompts,
-            do_classifier_free_guidance=r.guided,
-            negative_prompt=r.negative_prompt,
-            negative_prompt_2=r.negative_prompt_2 if is_base else None,
-        )
+        """What the UNet reads of a request's prompts, for `count` pictures."""
+        if r.prompt_embeds is not None or r.negative_prompt_embeds is not None:
+            return self.own_embeds(r, count)
+        texts: dict[str, Any] = {name: getattr(r, name) for name in TEXTS}
+        copies = count // r.prompts
+        return self.encode_prompt(**texts, num_images_per_prompt=copies, do_classifier_free_guidance=r.guided)
 
     def encode_prompt(
         self,
@@ -92,6 +96,8 @@ class Pipeline(Model):
         do_classifier_free_guidance: bool = True,
         negative_prompt: Prompt | None = None,
         negative_prompt_2: Prompt | None = None,
+        prompt_syntax: str = "plain",
+        clip_skip: int | None = None,
     ) -> PromptEmbeds:
         """What the UNet reads of n prompts, for b = n * num_images_per_prompt pictures, on both sides.
 
@@ -108,7 +114,9 @@ class Pipeline(Model):
             negative = "" if negative_prompt is None else negative_prompt
             texts += per_image(negative, count)
             texts_2 += per_image(negative if negative_prompt_2 is None else negative_prompt_2, count)
-        context, pooled = encode_text(self.text_encoder, self.text_encoder_2, texts, texts_2, self.device)
+        is_plain = prompt_syntax == "plain" and clip_skip is None and self.inversions is None
+        encode = encode_text if is_plain else self.text_encoding(prompt_syntax, clip_skip)
+        context, pooled = encode(self.text_encoder, self.text_encoder_2, texts, texts_2, self.device)
         check_finite("the text encoder", context)
         check_finite("the text encoder's pooled vector", pooled)
         if not do_classifier_free_guidance:
@@ -162,7 +170,7 @@ class Pipeline(Model):
         One generator draws once for each picture; a list draws for each copy from its own.
         """
         dtype = next(self.vae.parameters()).dtype
-        posteriors = [self.vae.encode(image) for image in images.to(self.device, dtype).split(1)]  # type: ignore[operator]
+        posteriors = [self.autoencoder.encode(image) for image in images.to(self.device, dtype).split(1)]
         mean = check_finite("the VAE's encoder", torch.cat([posterior.mean for posterior in posteriors]))
         logvar = check_finite("the VAE's encoder", torch.cat([posterior.logvar for posterior in posteriors]))
         own = copies if isinstance(generator, list) else 1
@@ -174,7 +182,7 @@ class Pipeline(Model):
         """Latents (b,4,h,w) -> pictures (b,3,H,W) in [0,1], one at a time to save memory."""
         dtype = next(self.vae.parameters()).dtype
         scaled = (latents / self.config.vae.scale_factor).to(self.device, dtype)
-        images = torch.cat([self.vae.decode(latent) for latent in scaled.split(1)])  # type: ignore[operator]
+        images = torch.cat([self.autoencoder.decode(latent) for latent in scaled.split(1)])
         return (check_finite("the VAE's decoder", images).float() * 0.5 + 0.5).clamp(0, 1)
 
 

@@ -7,7 +7,6 @@ from sdxl_ref.diffusion.schedule import Grid, NoiseSchedule, strength_steps
 from sdxl_ref.pipelines.request import Request
 
 STRENGTH = 0.3
-LARGEST_SIDE = 16_384  # pixels; a picture of 4096 is more than most machines have memory for
 
 
 class GridPlan(NamedTuple):
@@ -30,9 +29,6 @@ def plan_of(request: Request, defaults: Defaults = SDXL) -> GridPlan:
     InputError where none would, or where the request contradicts itself.
     """
     r = request.completed(defaults)
-    for name, side in (("height", r.height), ("width", r.width)):
-        if side is not None and (not 8 <= side <= LARGEST_SIDE or side % 8):
-            raise InputError(f"{name} must be a multiple of 8, from 8 to {LARGEST_SIDE}, found {side}")
     if r.strength is not None and r.denoising_start is not None:
         raise InputError("strength and denoising_start both say where to begin: give one of them")
     steps = r.num_inference_steps

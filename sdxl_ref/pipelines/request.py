@@ -42,10 +42,16 @@ class Request:
     that runs, or a tensor (b,) with one for each picture.
     """
 
-    prompt: Prompt = option("what the pictures show: one text, or one for each")
+    prompt: Prompt | None = option("what the pictures show: one text, or one for each", None)
     prompt_2: Prompt | None = option("base only: for the second text encoder; None: the prompt", None)
     negative_prompt: Prompt | None = option("what to steer away from; None: '' on a refiner, zeros on a base", None)
     negative_prompt_2: Prompt | None = option("base only: for the second text encoder; None: negative_prompt", None)
+    prompt_syntax: str = option('"plain", "a1111" or "comfy": whose weights and chunks, see `text`', "plain")
+    clip_skip: int | None = option("read the hidden state of so many layers earlier, of both towers", None)
+    prompt_embeds: Tensor | None = option("(b,77*k,d) in place of a prompt, as `encode_prompt` returns it", None)
+    pooled_prompt_embeds: Tensor | None = option("(b,e), with prompt_embeds", None)
+    negative_prompt_embeds: Tensor | None = option("(b,77*k,d) in place of a negative prompt", None)
+    negative_pooled_prompt_embeds: Tensor | None = option("(b,e), with negative_prompt_embeds", None)
     image: Any = option("what to start from, in place of noise: see the request", None)
     strength: float | None = option("share of the steps that a picture runs, above 0 and at most 1; None: 0.3", None)
     strength_rule: str = option('"exact", or "sgm" as the official code counts', "exact")
@@ -54,6 +60,7 @@ class Request:
     denoising_end: float | None = option("share of the training steps after which this run stops", None)
     height: int | None = option("of noise: a multiple of 8; None: the training pictures' (SDXL: 1024)", None)
     width: int | None = option("of noise: a multiple of 8; None: the training pictures' (SDXL: 1024)", None)
+    tile: bool = option("denoise in overlapping windows of 1024 pixels, for large pictures in little memory", False)
     num_inference_steps: int = option("steps of the whole schedule, 1 to 1000", 50)
     guidance_scale: Any = option("how far to go from the negative side; 1 or less: no guidance", 5.0)
     guidance_rescale: float = option("0 to 1: pull the spread back to the positive side's", 0.0)
@@ -96,7 +103,7 @@ class Request:
         is_unlimited = self.s_tmax == math.inf
         check_amounts(**(self.sampler_options() | ({"s_tmax": 0.0} if is_unlimited else {})))
         for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
-            check_texts(name, getattr(self, name))
+            check_texts(name, getattr(self, name), self.prompt_embeds is None)
         for field_ in fields(self):
             if field_.type in (Size, Size | None):
                 check_pair(field_.name, getattr(self, field_.name))
@@ -158,8 +165,9 @@ class Request:
 
     @property
     def prompts(self) -> int:
-        """How many prompts there are."""
-        return 1 if isinstance(self.prompt, str) else len(self.prompt)
+        """How many prompts there are, or embeds of such."""
+        prompts = self.prompt_embeds if self.prompt is None else self.prompt
+        return 1 if prompts is None or isinstance(prompts, str) else len(prompts)
 
 
 def own_settings() -> Any:
@@ -176,9 +184,9 @@ def guidance_schedule() -> Any:
     return guidance_schedule
 
 
-def check_texts(name: str, texts: Any) -> None:
+def check_texts(name: str, texts: Any, wants_prompt: bool) -> None:
     """InputError unless this is a text, or some, or None where there may be none."""
-    if isinstance(texts, str) or (texts is None and name != "prompt"):
+    if isinstance(texts, str) or (texts is None and not (wants_prompt and name == "prompt")):
         return
     is_many = isinstance(texts, Sequence) and not isinstance(texts, bytes)
     if not is_many or not texts or not all(isinstance(text, str) for text in texts):

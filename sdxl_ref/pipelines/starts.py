@@ -42,10 +42,8 @@ def noised_image(pipe: Any, r: Request, grid: Grid) -> Start:
     image = image_tensor(pipe, r).to(pipe.device)  # (n,3,H,W) or (n,4,h,w)
     is_latent = image.shape[1] == pipe.config.vae.embed_dim
     count = max(r.prompts, len(image)) * r.num_images_per_prompt
-    if count % len(image):
+    if count % len(image) or count % r.prompts:
         raise InputError(f"expected one image, or one for each of {r.prompts} prompts, found {len(image)}")
-    if count % r.prompts:
-        raise InputError(f"expected one prompt, or one for each image, found {r.prompts} for {count}")
     copies = count // len(image)
     generator = fresh_generators(count) if r.generator is None else r.generator
     if is_latent:

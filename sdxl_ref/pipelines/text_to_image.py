@@ -12,5 +12,4 @@ class TextToImagePipeline(Pipeline):
     With an `image` it is `ImageToImagePipeline`'s run, by the same model.
     """
 
-    kind = "base"
     kinds = ("base",)

@@ -1,11 +1,13 @@
 """A pipeline's denoiser by windows, each told which crop it is. Loaded where large pictures are asked for."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sdxl_ref.diffusion.schedule import Grid
 from sdxl_ref.diffusion.steps import Denoise
 from sdxl_ref.diffusion.tiles import OVERLAP, SIZE, Tile, Tiled
+from sdxl_ref.networks import tiled_vae as bands
 from sdxl_ref.text.conditioning import Numbers, PromptEmbeds
 
 Size = tuple[int, int]  # height, width in pixels
@@ -24,6 +26,19 @@ def tiled_denoiser(
         return pipe.denoiser(request, pipe.condition(told, text, size), grid)
 
     return Tiled(make, tile, overlap)
+
+
+class TiledVAE:
+    """An autoencoder that works in bands of rows: see `tiled_vae`."""
+
+    def __init__(self, vae: Any) -> None:
+        self.encode = partial(bands.encode, vae)
+        self.decode = partial(bands.decode, vae)
+
+
+def tiled_vae(pipe: Any) -> TiledVAE:
+    """The pipeline's autoencoder in bands."""
+    return TiledVAE(pipe.vae)
 
 
 def request_of_tile(pipe: Any, request: Any, size: Size, tile: Tile) -> Any:

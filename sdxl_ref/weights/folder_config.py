@@ -14,6 +14,7 @@ from sdxl_ref.networks.layers import ACTIVATIONS
 from sdxl_ref.weights.fitting import require_fit
 from sdxl_ref.weights.folder_tokenizer import check_tokenizers
 from sdxl_ref.weights.json_files import Json, read_json
+from sdxl_ref.weights.stated_config import checked_depth
 from sdxl_ref.weights.strangers import require_no_other_part
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
@@ -171,7 +172,7 @@ def model_config(folder: Path) -> ModelConfig:
     encoders = tuple(built[part] for part in parts if part.startswith("text"))
     resolution = 8 * (configs["unet"].get("sample_size") or 128)
     try:
-        config = ModelConfig(built["unet"], encoders, built["vae"], resolution)
+        config = checked_depth(ModelConfig(built["unet"], encoders, built["vae"], resolution))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     require_fit(config, folder)

@@ -10,7 +10,6 @@ import torch
 
 from sdxl_ref.config import BASE_1_0, REFINER_1_0
 from sdxl_ref.weights.checkpoint import Checkpoint, expected_shapes, prefixes
-from sdxl_ref.weights.separate_vae import WithVAE
 from sdxl_ref.weights.tensor_files import sha256_of
 
 KNOWN_FILES = {  # sha256 -> the file and its VAE; the 0.9 VAE stands in files of its own
@@ -35,7 +34,7 @@ def vae_name(checkpoint: Checkpoint, digest: str) -> str:
     """
     prefix = prefixes(checkpoint.config)["vae"]
     release = KNOWN_FILES.get(digest, ("", "unknown"))[1]
-    if isinstance(checkpoint, WithVAE):
+    if hasattr(checkpoint, "original"):  # `WithVAE`, whose module only such a checkpoint loads
         files = checkpoint.files(prefix)
         release = f"{', '.join(file.name for file in files)}, file sha256 {sha256_of(*files)}"
     tensors = hashlib.sha256()

@@ -8,6 +8,7 @@ import json
 
 from sdxl_ref.config import InputError, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 
+MOST_BLOCKS = 1000
 NUMBERS = {1: 5, 2: 6}  # text encoders -> numbers that the UNet reads besides, each embedded in 256 channels
 
 
@@ -26,9 +27,19 @@ def config_from_json(text: str) -> ModelConfig:
         encoders = tuple(TextEncoderConfig(**encoder) for encoder in fields.pop("text_encoders"))
         unet = UNetConfig(**fields.pop("unet"))
         vae = VAEConfig(**fields.pop("vae"))
-        return ModelConfig(unet, encoders, vae, **fields)
+        return checked_depth(ModelConfig(unet, encoders, vae, **fields))
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"expected a configuration written by sdxl_ref, found {text[:60]!r} ({error})") from error
+
+
+def checked_depth(config: ModelConfig) -> ModelConfig:
+    """The configuration itself; InputError for one of so many blocks that a few words would take all memory."""
+    unet_blocks = config.unet.num_res_blocks * sum(depth + 1 for depth in config.unet.depths)
+    vae_blocks = config.vae.num_res_blocks * len(config.vae.ch_mult)
+    blocks = max(unet_blocks, vae_blocks, *(text.layers for text in config.text_encoders))
+    if blocks > MOST_BLOCKS:
+        raise InputError(f"expected networks of at most {MOST_BLOCKS} blocks, found {blocks}")
+    return config
 
 
 def _with_tuples(fields: dict[str, object]) -> dict[str, object]:
