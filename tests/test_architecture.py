@@ -72,6 +72,7 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
         "pipelines.masking",
         "weights.file_saving",
     },
+    "commands.room": {"pipelines.memory_plan"},  # where memory is not plenty
     "commands.speed": {"pipelines.compiled"},  # of `--compile`
     "cli": {"commands.memory", "commands.misspelt"},  # an error that may be the memory's; a word that is not known
     "pipelines.calling": {"text.markup"},  # other tools'
