@@ -98,10 +98,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         ([], "the following arguments are required: COMMAND (see sdxl-ref --help)"),
-        (
-            ["refine"],
-            "the following arguments are required: image, --prompt (see sdxl-ref refine --help)",
-        ),
+        (["refine"], "the following arguments are required: image, --prompt (see sdxl-ref refine --help)"),
         (["info"], "the following arguments are required: MODEL (see sdxl-ref info --help)"),
         (["info", "none.safetensors"], "no such checkpoint: none.safetensors"),
         (["info", "a", "b"], "unrecognized arguments: b (see sdxl-ref info --help)"),
