@@ -18,6 +18,7 @@ from sdxl_ref.config import ModelConfig
 from sdxl_ref.weights.checkpoint import build_empty, prefixes
 
 CONFIGS = {"base": peers.SMALL_BASE, "refiner": peers.SMALL_REFINER}
+TINY = {"base": peers.TINY_BASE, "refiner": peers.TINY_REFINER}  # for what is not about their structure
 UNET = ("unet",)
 TOWER = ("text_encoder_2",)
 SOME = ("attn1.to_q", "in_layers.2", "in_proj", "fc1", "c_fc")  # a matrix, a kernel, a stacked projection, text layers

@@ -1,6 +1,7 @@
 """`sdxl-ref parity`: a kit, a trace against it, two traces, a live peer; what is printed and written; bad input."""
 
 import json
+import re
 import shutil
 import subprocess
 from contextlib import redirect_stdout
@@ -91,7 +92,7 @@ def test_a_trace_that_differs(differing: tuple[Path, str]) -> None:
     assert point["own"] > point["budget"] > point["inherited"] / 8
     page = written.with_suffix(".html").read_text()
     assert name in page
-    assert "http" not in page  # one page, and nothing around it
+    assert "http" not in re.sub('base64,[^"]+', "", page)  # one page, and nothing around it; pictures may spell it
 
 
 @pytest.mark.parametrize("width", sample([1280, 390], 390))

@@ -5,7 +5,7 @@ from pathlib import Path
 import peers
 import pytest
 import torch
-from adapter_files import CONFIGS, networks, outputs, put_on, random_file
+from adapter_files import CONFIGS, TINY, networks, outputs, put_on, random_file
 from cases import diagonal
 from safetensors.torch import load_file, save_file
 
@@ -65,7 +65,7 @@ def test_conversion_between_the_forms_keeps_the_change(kind: str, form: str, tmp
 
 @every_kind
 def test_merged_weights_give_the_applied_adapters_outputs(kind: str, tmp_path: Path) -> None:
-    config = CONFIGS[kind]
+    config = TINY[kind]
     parts = networks(config)
     save_checkpoint(tmp_path / "model.safetensors", config, parts, torch.float32)
     files = [random_file(config, tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
@@ -82,7 +82,7 @@ def test_merged_weights_give_the_applied_adapters_outputs(kind: str, tmp_path: P
 
 @every_kind
 def test_extraction_at_full_rank_rebuilds_the_difference(kind: str, tmp_path: Path) -> None:
-    config = CONFIGS[kind]
+    config = TINY[kind]
     parts = networks(config)
     save_checkpoint(tmp_path / "first.safetensors", config, parts, torch.float32)
     merge(
