@@ -176,7 +176,7 @@ def test_what_is_not_computed_is_refused_by_name(
         picture(pipe)
     with pytest.raises(InputError, match="name the sampler and the spacing to use in its place"):
         picture(pipe, sampler="euler")
-    named = {"sampler": "euler", "spacing": "leading", "num_inference_steps": 2}
+    named = {"sampler": "euler", "spacing": "trailing", "num_inference_steps": 2}
     assert np.isfinite(picture(pipe, **named)).all()
 
 

@@ -34,7 +34,7 @@ def test_targets(tiny_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
     refused("is a file: name a folder", to="diffusers", force=True)
     refused("no such file", vae=tmp_path / "none.safetensors")
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    refused("needs 0.04 GB, and .* has 0.00 GB free", force=True)
+    refused("needs 0.01 GB, and .* has 0.00 GB free", force=True)
     monkeypatch.undo()
 
     def full(*_: object) -> int:
