@@ -88,8 +88,14 @@ def picture(pipeline: Any, **arguments: Any) -> Any:
     return np.rint(255 * np.asarray(pixels))
 
 
+PEER_NETWORKS: dict[str, Any] = {}  # of `plain`, whose weights every edited folder has
+
+
 def theirs(folder: Path) -> Any:
-    return diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    """diffusers' pipeline of a folder; its networks are read once."""
+    peer = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, **PEER_NETWORKS)
+    PEER_NETWORKS.update({part: getattr(peer, part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")})
+    return peer
 
 
 def difference(folder: Path, **arguments: Any) -> float:
