@@ -15,21 +15,22 @@ from sdxl_ref.adapters.lora import Adapter
 from sdxl_ref.adapters.on_network import Active, Loaded, NetworkAdapters
 from sdxl_ref.adapters.places import adapted_parts, module_of
 from sdxl_ref.config import ModelConfig
-from sdxl_ref.weights.checkpoint import build, prefixes
+from sdxl_ref.weights.checkpoint import build_empty, prefixes
 
 CONFIGS = {"base": peers.SMALL_BASE, "refiner": peers.SMALL_REFINER}
+TINY = {"base": peers.TINY_BASE, "refiner": peers.TINY_REFINER}  # for what is not about their structure
 UNET = ("unet",)
 TOWER = ("text_encoder_2",)
 SOME = ("attn1.to_q", "in_layers.2", "in_proj", "fc1", "c_fc")  # a matrix, a kernel, a stacked projection, text layers
 
 
 def networks(config: ModelConfig) -> dict[str, nn.Module]:
-    return {part: peers.randomise(build(part, config), i) for i, part in enumerate(prefixes(config))}
+    return {part: peers.network(part, config, i) for i, part in enumerate(prefixes(config))}
 
 
 def pipeline(config: ModelConfig, **parts: Any) -> Any:
     """What adapters need of a pipeline: a configuration and networks, given or new."""
-    own = {part: peers.randomise(build(part, config), i) for i, part in enumerate(adapted_parts(config))}
+    own = {part: peers.network(part, config, i) for i, part in enumerate(adapted_parts(config))}
     return SimpleNamespace(**{"text_encoder": None, "config": config, **own, **parts})
 
 
@@ -88,7 +89,7 @@ def random_file(
     shapes = {}
     for part, prefix in prefixes(config).items():
         if part in parts:
-            for name, p in build(part, config).named_parameters():
+            for name, p in build_empty(part, config).named_parameters():
                 if p.ndim >= 2 and any(x in name for x in layers):
                     shapes[prefix + module_of(name)] = p.shape
     state = {}

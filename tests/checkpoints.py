@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,15 @@ LOGIT_SCALE = {
 }
 
 
-def parts_of(config: ModelConfig) -> dict[str, nn.Module]:
+@lru_cache(maxsize=8)
+def _parts_of(config: ModelConfig) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {part: build(part, config) for part in prefixes(config)}
+
+
+def parts_of(config: ModelConfig) -> dict[str, nn.Module]:
+    """The networks of a model, always with the same weights; the test's own."""
+    return copy.deepcopy(_parts_of(config))
 
 
 def metadata(config: ModelConfig = REFINER) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Shared fixtures, and a count that the refiner's parity tests really ran."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     pairs.PACKED = config.getoption("--packed")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: to look through them for garbage again and again takes a tenth of a run."""
+    gc.collect()
+    gc.freeze()
 
 
 def write_model(folders: pytest.TempPathFactory, name: str, config: ModelConfig) -> Path:

@@ -21,7 +21,7 @@ from torch import nn
 from sdxl_ref import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline, pack
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.parity.live import assembled
-from sdxl_ref.weights.checkpoint import build, prefixes
+from sdxl_ref.weights.checkpoint import prefixes
 
 REFINER = peers.TINY_REFINER
 BASE = peers.TINY_BASE
@@ -46,7 +46,7 @@ def networks(kind: str) -> dict[str, Any]:
 def own_networks(kind: str) -> dict[str, Any]:
     config = CONFIGS[kind]
     seeds = SEEDS[config.kind]
-    return {part: peers.randomise(build(part, config), seeds[part]) for part in prefixes(config)}
+    return {part: peers.network(part, config, seeds[part]) for part in prefixes(config)}
 
 
 @lru_cache

@@ -1,5 +1,6 @@
 """The benchmarks' own plumbing, on tiny networks: what they measure is for a quiet machine."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,11 @@ def test_the_gpu_script_runs_on_what_there_is(tmp_path: Path) -> None:
     assert not any("failed" in row for row in rows)
 
 
-def test_without_a_gpu_the_script_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cuda"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip() == "gpu: expected a GPU that this PyTorch can use, found none"
+def test_without_a_gpu_the_script_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--device", "cuda"])
+    monkeypatch.setattr("sys.path", [str(ROOT / "benchmarks"), *sys.path])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip() == "gpu: expected a GPU that this PyTorch can use, found none"

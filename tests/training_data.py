@@ -16,7 +16,6 @@ from sdxl_ref.config import ModelConfig, TextEncoderConfig, VAEConfig
 from sdxl_ref.training.cache import fingerprint
 from sdxl_ref.training.data import Dataset
 from sdxl_ref.training.image_folder import METADATA, read_folder
-from sdxl_ref.weights.checkpoint import build
 
 OPENCLIP = TextEncoderConfig(width=32, heads=2, layers=2, embed_dim=48)
 CLIP = TextEncoderConfig(width=32, heads=2, layers=2, embed_dim=32, activation="quick_gelu")
@@ -88,7 +87,7 @@ class Networks:
 def networks(kind: str) -> Networks:
     config = CONFIGS[kind]
     calls = Counter[str]()
-    parts = {name: peers.randomise(build(name, config), seed=1) for name in ("vae", *TOWERS[kind])}
+    parts = {name: peers.network(name, config, seed=1) for name in ("vae", *TOWERS[kind])}
 
     def count(name: str) -> Any:
         return lambda *_: calls.update([name])

@@ -25,7 +25,6 @@ from training_data import CONFIGS
 
 from sdxl_ref.cli import main
 from sdxl_ref.training.state import STATE, locked
-from sdxl_ref.weights.checkpoint import build, prefixes
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 
 CAPTIONS = ("a red cup", "a blue cup", "two cups", "no cup")
@@ -35,7 +34,7 @@ SERVER.set_forkserver_preload(["sdxl_ref.commands.train", "torch._dynamo"])  # w
 
 def save_model(path: Path, kind: str = "refiner", dtype: torch.dtype = torch.float32) -> Path:
     config = CONFIGS[kind]
-    parts = {part: peers.randomise(build(part, config), 0) for part in prefixes(config)}
+    parts = peers.networks(config)
     save_checkpoint(path, config, parts, dtype)
     return path
 

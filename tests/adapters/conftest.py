@@ -16,7 +16,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def refiner() -> Any:
-    return pipeline(peers.SMALL_REFINER)
+    return pipeline(peers.TINY_REFINER)
 
 
 @pytest.fixture
@@ -24,6 +24,6 @@ def file(tmp_path: Path) -> Callable[..., Path]:
     """Random adapters of a refiner, each the same whenever it is asked for."""
 
     def make(name: str, **options: Any) -> Path:
-        return random_file(peers.SMALL_REFINER, tmp_path / f"{name}.safetensors", sum(name.encode()), **options)
+        return random_file(peers.TINY_REFINER, tmp_path / f"{name}.safetensors", sum(name.encode()), **options)
 
     return make

@@ -9,7 +9,7 @@ from typing import Any
 import peers
 import pytest
 import torch
-from adapter_files import CONFIGS, TOWER, UNET, pipeline, random_file, same, unet_inputs, weights
+from adapter_files import TINY, TOWER, UNET, pipeline, random_file, same, unet_inputs, weights
 from cases import diagonal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,11 +24,11 @@ def as_peft(file: Path, config: ModelConfig) -> dict[str, Tensor]:
     return writing.tensors(lora.load(file, config), config, "peft")
 
 
-@pytest.mark.parametrize(("kind", "numbers"), diagonal([*CONFIGS], [(0.7, 0.3), (1.0, 0.0), (-0.5, 2.0)]))
+@pytest.mark.parametrize(("kind", "numbers"), diagonal([*TINY], [(0.7, 0.3), (1.0, 0.0), (-0.5, 2.0)]))
 def test_two_weighted_adapters_give_what_diffusers_gives(
     kind: str, numbers: tuple[float, float], tmp_path: Path
 ) -> None:
-    config = CONFIGS[kind]
+    config = TINY[kind]
     pipe = pipeline(config)
     peer = peers.diffusers_unet(pipe.unet)
     adapters = Adapters(pipe)
@@ -52,7 +52,7 @@ def test_what_is_active_is_what_diffusers_says(refiner: Any, file: Callable[...,
     """On a UNet, call by call: the newest alone after loading, what was named last after setting, in that order."""
     peer = peers.diffusers_unet(refiner.unet)
     adapters = Adapters(refiner)
-    inputs = unet_inputs(peers.SMALL_REFINER)
+    inputs = unet_inputs(peers.TINY_REFINER)
 
     def agree(expected: list[str]) -> None:
         theirs = peer.active_adapters()
@@ -64,7 +64,7 @@ def test_what_is_active_is_what_diffusers_says(refiner: Any, file: Callable[...,
     for name in "abc":
         path = file(name, parts=UNET)
         adapters.load(path, name)
-        peer.load_lora_adapter(as_peft(path, peers.SMALL_REFINER), adapter_name=name, prefix="unet")
+        peer.load_lora_adapter(as_peft(path, peers.TINY_REFINER), adapter_name=name, prefix="unet")
         agree([name])
     calls: list[tuple[Any, ...]] = [
         ("a",),
@@ -106,7 +106,7 @@ def test_names_of_files(refiner: Any, tmp_path: Path) -> None:
     adapters = Adapters(refiner)
     for folder in ("one", "two", "three"):
         (tmp_path / folder).mkdir()
-        random_file(peers.SMALL_REFINER, tmp_path / folder / "style.safetensors", len(folder))
+        random_file(peers.TINY_REFINER, tmp_path / folder / "style.safetensors", len(folder))
     for folder, expected in (("one", "style"), ("two", "style_2"), ("three", "style_3"), ("two", "style_2")):
         adapters.load(str(tmp_path / folder / "style.safetensors"))
         assert adapters.active == [expected]
@@ -119,7 +119,7 @@ def test_names_of_files(refiner: Any, tmp_path: Path) -> None:
 def test_no_order_of_calls_makes_a_difference(file: Callable[..., Path]) -> None:
     results = []
     for order in ("abc", "cab", "bca"):
-        pipe = pipeline(peers.SMALL_REFINER)
+        pipe = pipeline(peers.TINY_REFINER)
         pipe.unet.to(torch.bfloat16)
         adapters = Adapters(pipe)
         for name in order:
@@ -225,7 +225,7 @@ def test_a_displaced_adapter_is_inactive_everywhere(refiner: Any, file: Callable
 
 
 def test_an_adapter_that_fits_only_in_part_is_told(refiner: Any, tmp_path: Path) -> None:
-    path = random_file(peers.SMALL_REFINER, tmp_path / "x.safetensors")
+    path = random_file(peers.TINY_REFINER, tmp_path / "x.safetensors")
     strange = {"unet.nowhere.lora_A.weight": torch.randn(4, 8), "unet.nowhere.lora_B.weight": torch.randn(8, 4)}
     save_file(load_file(path) | strange, path)
 
@@ -280,7 +280,7 @@ def test_what_is_loaded_without_being_activated_waits(refiner: Any, file: Callab
 
 
 def test_an_adapter_that_fits_nowhere_changes_nothing(tmp_path: Path, file: Callable[..., Path]) -> None:
-    base, refiner = pipeline(peers.SMALL_BASE), pipeline(peers.SMALL_REFINER)
+    base, refiner = pipeline(peers.TINY_BASE), pipeline(peers.TINY_REFINER)
     adapters = Adapters(base, refiner)
     adapters.load(file("a"), "a")
     before = weights(base), weights(refiner)
@@ -316,7 +316,7 @@ def test_nothing_is_half_applied(
         return failing
 
     calls: list[Callable[[], Any]] = [lambda: adapters.load(file("b")), lambda: adapters.set("a", 2.0)]
-    for limit in (1, 7, 40):
+    for limit in (1, 7, 17):
         for call in calls:
             monkeypatch.setattr(on_network, "changed", fail_at(limit))
             with pytest.raises(error):
@@ -329,7 +329,7 @@ def test_nothing_is_half_applied(
 
 def test_a_pipeline_without_a_tower(file: Callable[..., Path]) -> None:
     """Whose prompts were encoded elsewhere."""
-    refiner = pipeline(peers.SMALL_REFINER, text_encoder_2=None)
+    refiner = pipeline(peers.TINY_REFINER, text_encoder_2=None)
     plain = weights(refiner)
     Adapters(refiner).load(file("a"))
     assert not same(weights(refiner), plain)

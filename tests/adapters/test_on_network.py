@@ -8,19 +8,7 @@ from typing import Any
 import peers
 import pytest
 import torch
-from adapter_files import (
-    CONFIGS,
-    TOWER,
-    UNET,
-    networks,
-    outputs,
-    parts_of,
-    pipeline,
-    put_on,
-    random_file,
-    same,
-    weights,
-)
+from adapter_files import TINY, TOWER, UNET, networks, outputs, parts_of, pipeline, put_on, random_file, same, weights
 from torch import Tensor
 
 from sdxl_ref.adapters import lora
@@ -33,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_several_scales_and_removal(kind: str, tmp_path: Path) -> None:
-    config = CONFIGS[kind]
+    config = TINY[kind]
     parts = networks(config)
     first, second = (
         lora.fit(lora.read(random_file(config, tmp_path / f"{seed}.safetensors", seed)), config) for seed in (1, 2)
@@ -57,7 +45,7 @@ def test_several_scales_and_removal(kind: str, tmp_path: Path) -> None:
 def test_the_weights_are_the_rounded_sum_and_come_back_bit_for_bit(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    config = CONFIGS[kind]
+    config = TINY[kind]
     pipe = pipeline(config)
     for network in parts_of(pipe).values():
         network.to(dtype)
@@ -174,7 +162,7 @@ def is_dropped(pipe: Any) -> bool:
 @pytest.mark.parametrize("drops", [False, True])
 def test_networks_whose_weights_are_read_when_they_work(refiner: Any, file: Callable[..., Path], drops: bool) -> None:
     plain = weights(refiner)
-    adapters = Adapters(pipeline(peers.SMALL_REFINER))
+    adapters = Adapters(pipeline(peers.TINY_REFINER))
     for name in "ab":
         adapters.load(file(name))
     adapters.set(["a", "b"], [0.7, 0.3])
@@ -215,9 +203,9 @@ def test_networks_whose_weights_are_read_when_they_work(refiner: Any, file: Call
     assert same(weights(refiner), plain)
 
 
-def test_networks_that_share_one_place(small_refiner_file: Path, file: Callable[..., Path]) -> None:
+def test_networks_that_share_one_place(tiny_refiner_file: Path, file: Callable[..., Path]) -> None:
     """Read from their file in turn, as with `low_memory`: the same outputs as of networks that stay."""
-    checkpoint = open_checkpoint(small_refiner_file)
+    checkpoint = open_checkpoint(tiny_refiner_file)
     parts = ("unet", "text_encoder_2")
     offload = Offload("cpu")
     turns = pipeline(checkpoint.config, **{part: offload.read(checkpoint, part, torch.float32) for part in parts})

@@ -69,13 +69,14 @@ def fetch(hub: Hub, tmp_path: Path) -> Fetch:
 
 def test_a_file_gets_its_name_only_where_its_hash_is_the_official_one(fetch: Fetch) -> None:
     """What is refused is kept, under numbers, and never in the place of an older one."""
-    (fetch.models / f"{STEM}.refused").write_text("an older one")
-    for number in (2, 3):
-        status, done = fetch(f"something else {number}".encode())
-        assert status == 2
-        assert f"models/{STEM}.refused-{number} is not the official file: expected sha256 " in done.stderr
-        assert (fetch.models / f"{STEM}.refused-{number}").read_bytes() == f"something else {number}".encode()
-    assert (fetch.models / f"{STEM}.refused").read_text() == "an older one"
+    for name in ("refused", "refused-2"):
+        (fetch.models / f"{STEM}.{name}").write_text("an older one")
+    status, done = fetch(b"something else")
+    assert status == 2
+    assert f"models/{STEM}.refused-3 is not the official file: expected sha256 " in done.stderr
+    assert (fetch.models / f"{STEM}.refused-3").read_bytes() == b"something else"
+    for name in ("refused", "refused-2"):
+        assert (fetch.models / f"{STEM}.{name}").read_text() == "an older one"
     assert fetch.listing() == [f"{STEM}.refused", f"{STEM}.refused-2", f"{STEM}.refused-3"]
     status, done = fetch(fetch.official)
     assert status == 0

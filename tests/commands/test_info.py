@@ -13,7 +13,7 @@ from peers import TINY_BASE, TINY_REFINER
 from safetensors.torch import load_file, save_file
 
 from sdxl_ref.cli import main
-from sdxl_ref.weights.checkpoint import CONFIG_KEY, build, prefixes
+from sdxl_ref.weights.checkpoint import CONFIG_KEY, build_empty, prefixes
 from sdxl_ref.weights.opening import POCKET
 from sdxl_ref.weights.stated_config import config_to_json
 from weights_convert.cli import main as convert_command
@@ -25,7 +25,7 @@ METADATA = {CONFIG_KEY: config_to_json(TINY_REFINER)}
 
 
 def parameters(kind: str, part: str) -> str:
-    return f"{sum(p.numel() for p in build(part, CONFIGS[kind]).parameters()):,} parameters"
+    return f"{sum(p.numel() for p in build_empty(part, CONFIGS[kind]).parameters()):,} parameters"
 
 
 def lines_of(words: list[str], capsys: Capture) -> list[str]:

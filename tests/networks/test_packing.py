@@ -86,6 +86,12 @@ def network_of(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     return NETWORKS[name][0](seed).to(dtype).eval().requires_grad_(False)
 
 
+def tiny_unet() -> nn.Module:
+    """For what is done with a UNet's layers; each kind of them is in it."""
+    unet: nn.Module = peers.network("unet", peers.TINY_REFINER)
+    return unet
+
+
 def test_this_machine_packs_float32() -> None:
     """Or else the tests below test little: what cannot be packed is refused with a reason."""
     assert torch.float32 in PACKED_HERE
@@ -164,7 +170,7 @@ FUSED = [  # layers that are computed together with others
 @pytest.mark.parametrize("name", FUSED)
 def test_who_watches_a_layer_of_a_fused_block(name: str) -> None:
     """Sees what goes in and comes out, and may change it; and all is as before once nobody watches."""
-    plain = network_of("unet")
+    plain = tiny_unet()
     packed = pack(plain)
     before = run_unet(packed, torch.float32, 0)
     calls: dict[str, list[Tensor]] = {}
@@ -208,18 +214,18 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
     "wrapped": lambda net: replaced(net, f"{BLOCK}.attn1.to_v", Doubled),
     "wrapped key of the text": lambda net: replaced(net, f"{BLOCK}.attn2.to_k", Doubled),
     "wrapped feed-forward": lambda net: replaced(net, f"{BLOCK}.ff.net.0.proj", Doubled),
-    "another layer": lambda net: replaced(net, f"{BLOCK}.attn1.to_q", lambda old: nn.Linear(128, 128)),
-    "a bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.attn1.to_v"), torch.full((128,), 3.0)),
-    "a bias of the text": lambda net: set_bias(net.get_submodule(f"{BLOCK}.attn2.to_v"), torch.full((128,), 3.0)),
-    "a strided bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.ff.net.2"), torch.arange(256.0)[::2] / 50),
-    "an expanded bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.ff.net.0.proj"), torch.ones(1).expand(1024)),
+    "another layer": lambda net: replaced(net, f"{BLOCK}.attn1.to_q", lambda old: nn.Linear(64, 64)),
+    "a bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.attn1.to_v"), torch.full((64,), 3.0)),
+    "a bias of the text": lambda net: set_bias(net.get_submodule(f"{BLOCK}.attn2.to_v"), torch.full((64,), 3.0)),
+    "a strided bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.ff.net.2"), torch.arange(128.0)[::2] / 25),
+    "an expanded bias": lambda net: set_bias(net.get_submodule(f"{BLOCK}.ff.net.0.proj"), torch.ones(1).expand(512)),
 }
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("name", EDITS)
 def test_edits_of_layers_count_before_and_after(name: str, first: bool) -> None:
-    plain = network_of("unet")
+    plain = tiny_unet()
     before = run_unet(plain, torch.float32, 0)
     state = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
     packed = pack(copy.deepcopy(plain), consume=True)
@@ -240,7 +246,7 @@ def test_edits_of_layers_count_before_and_after(name: str, first: bool) -> None:
 
 def test_what_unpack_gives_back_is_the_network() -> None:
     """Its parameters in their order, trained or not, also in inference mode; and nothing of it outlives it."""
-    plain = peers.small_unet(seed=0)
+    plain = tiny_unet().requires_grad_(True)
     plain.get_submodule("time_embed.0").requires_grad_(False)
     with torch.inference_mode():
         back = unpack(pack(plain))
@@ -259,7 +265,7 @@ def test_what_unpack_gives_back_is_the_network() -> None:
 
 
 def test_layers_whose_weight_another_tool_computes_stay_as_they_are() -> None:
-    plain = network_of("unet")
+    plain = tiny_unet()
     torch.nn.utils.parametrizations.weight_norm(plain.get_submodule(f"{BLOCK}.attn1.to_q"))
     plain.get_submodule(f"{BLOCK}.attn2").to_v = plain.get_submodule(f"{BLOCK}.attn2.to_k")
     assert peers.distance(*(run_unet(net, torch.float32, 0) for net in (pack(plain), plain))) <= FLOAT32
@@ -270,7 +276,7 @@ def test_a_layer_of_somebody_else_in_a_block_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    plain = network_of("unet")
+    plain = tiny_unet()
     plain.get_submodule(f"{BLOCK}.attn1.to_q").__class__ = Twice
     packed = pack(plain)
     assert type(packed.get_submodule(f"{BLOCK}.attn1.to_q")) is Twice
@@ -290,7 +296,7 @@ def run_with(unet: Any, context: Tensor) -> Tensor:
 
 def test_the_text_is_read_anew_where_it_or_the_weights_changed() -> None:
     """Its keys and values are kept from one evaluation to the next."""
-    plain = network_of("unet")
+    plain = tiny_unet()
     packed = pack(plain)
     context = text(2)
     first = run_with(packed, context)
@@ -313,7 +319,7 @@ def test_the_text_is_read_anew_where_it_or_the_weights_changed() -> None:
 
 
 def test_texts_of_other_lengths() -> None:
-    plain = network_of("unet")
+    plain = tiny_unet()
     packed = pack(plain)
     for tokens in (1, 16, 80, 154):
         context = text(2, tokens)
@@ -321,7 +327,7 @@ def test_texts_of_other_lengths() -> None:
 
 
 def test_a_text_that_is_changed_in_inference_mode() -> None:
-    packed = pack(network_of("unet"))
+    packed = pack(tiny_unet())
     with torch.inference_mode():
         context = text(2)
         first = run_with(packed, context)
@@ -332,7 +338,7 @@ def test_a_text_that_is_changed_in_inference_mode() -> None:
 
 
 def test_what_the_copy_changes_is_its_own() -> None:
-    plain = network_of("unet")
+    plain = tiny_unet()
     packed = pack(plain)
     bias = packed.get_parameter("time_embed.0.bias")
     bias.add_(1)
@@ -354,7 +360,7 @@ def test_pictures_of_any_size_after_packing(dtype: torch.dtype) -> None:
 
 
 def test_hooks_and_edits_work_by_the_official_names() -> None:
-    plain = network_of("unet")
+    plain = tiny_unet()
     name = "middle_block.1.transformer_blocks.0.attn2.to_v"
     seen: list[Tensor] = []
     plain.get_submodule(name).register_forward_hook(lambda *call: seen.append(call[2]))
@@ -453,7 +459,7 @@ def test_a_copy_computes_the_same_and_is_its_own() -> None:
 
 def test_a_stop_in_the_middle_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while weights are reordered."""
-    network = network_of("unet")
+    network = tiny_unet()
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     usual = packed_layers.reordered_matrix
     calls: list[int] = []
@@ -471,13 +477,13 @@ def test_a_stop_in_the_middle_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_layer_that_is_computed_with_others_is_not_unpacked_alone() -> None:
-    packed = pack(network_of("unet"))
+    packed = pack(tiny_unet())
     with pytest.raises(InputError, match="unpack the block that holds it"):
         unpack(packed.get_submodule("middle_block.1.transformer_blocks.0.attn1.to_v"))
 
 
 def test_another_dtype_by_autocast_says_so() -> None:
-    packed = pack(network_of("unet"))
+    packed = pack(tiny_unet())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"cannot compute in torch\.bfloat16"):
         run_unet(packed, torch.float32, 0)
 

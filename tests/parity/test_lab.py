@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import sample
+from short_kits import short_kits
 from torch import nn
 
 from sdxl_ref.networks.layers import QuickGELU
@@ -150,7 +151,8 @@ def kit(dtype: torch.dtype = torch.float32) -> Kit:
     """Of a tiny refiner. diffusers has the sizes in the networks' dtype: in bfloat16 a kit has sizes that it holds."""
     whole = dtype == torch.bfloat16
     folder = Path(FOLDERS.name) / str(dtype)
-    return make_kit(ours(), folder, (dtype,), side=64, whole_sizes=whole, say=lambda text: None)
+    with short_kits():
+        return make_kit(ours(), folder, (dtype,), side=64, whole_sizes=whole, say=lambda text: None)
 
 
 def peer_trace(*faults: Fault, dtype: torch.dtype = torch.float32) -> Trace:

@@ -25,7 +25,6 @@ from sdxl_ref.pocket.evaluate import (
     scores,
     vae_quality,
 )
-from sdxl_ref.weights.checkpoint import build, prefixes
 
 PIPELINES = {"base": TextToImagePipeline, "refiner": ImageToImagePipeline}
 NEARLY_ALL = 0.95  # of drawn scenes are read all right
@@ -113,7 +112,7 @@ def test_gain_of_a_fifth() -> None:
 def test_denoising_errors_are_those_of_the_pipelines_own_denoiser(kind: str, prediction: str) -> None:
     """What the estimate of the clean latents is off by, divided by the level, whatever the network predicts."""
     config = replace(CONFIGS[kind], prediction=prediction)
-    parts = {part: peers.randomise(build(part, config), 0) for part in prefixes(config)}
+    parts = peers.networks(config)
     pipe = PIPELINES[kind](config, **parts)
     chosen = prompts(8)
     levels = (50, 500)

@@ -11,11 +11,10 @@ from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.pipelines.image_to_image import ImageToImagePipeline
 from sdxl_ref.pipelines.text_to_image import TextToImagePipeline
 from sdxl_ref.pocket.painters import WAYS, Painters
-from sdxl_ref.weights.checkpoint import build, prefixes
 
 
 def parts(config: ModelConfig) -> dict[str, Any]:
-    return {part: peers.randomise(build(part, config), 0) for part in prefixes(config)}
+    return peers.networks(config)
 
 
 def test_each_way_of_painting_takes_the_same_number_of_evaluations() -> None:

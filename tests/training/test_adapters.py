@@ -22,7 +22,7 @@ CONFIGS = {"base": peers.SMALL_BASE, "refiner": peers.SMALL_REFINER}
 
 def networks(config: ModelConfig) -> dict[str, nn.Module]:
     names = ["unet", *["text_encoder"] * (config.kind == "base"), "text_encoder_2"]
-    return {name: peers.randomise(build(name, config), 0) for name in names}
+    return {name: peers.network(name, config) for name in names}
 
 
 def inputs(config: ModelConfig) -> dict[str, Tensor]:

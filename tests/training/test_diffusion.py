@@ -25,7 +25,6 @@ from sdxl_ref.training.diffusion import (
     squared_errors,
 )
 from sdxl_ref.weights import layouts
-from sdxl_ref.weights.checkpoint import build
 
 CONFIGS = {"base": peers.SMALL_BASE, "refiner": peers.SMALL_REFINER}
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}  # our names and diffusers'
@@ -42,7 +41,7 @@ def scheduler(prediction: str = "epsilon") -> Any:
 
 def parts(config: ModelConfig, seed: int = 0) -> nn.ModuleDict:
     names = ["unet", "text_encoder_2"] if config.kind == "refiner" else ["unet", "text_encoder", "text_encoder_2"]
-    return nn.ModuleDict({name: peers.randomise(build(name, config), seed) for name in names})
+    return nn.ModuleDict({name: peers.network(name, config, seed) for name in names})
 
 
 @pytest.fixture(scope="module")

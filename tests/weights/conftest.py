@@ -1,4 +1,4 @@
-"""One small file of each kind of model."""
+"""One small file of each kind of model, and a photo."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sdxl_ref.parity.kit import photo_for
 from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 
 
@@ -19,6 +20,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, config in checkpoints.CONFIGS.items():
         save_checkpoint(paths[kind], config, checkpoints.parts_of(config), torch.float32)
     return paths
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photo that ships, in 64 pixels a side."""
+    path = tmp_path_factory.mktemp("photos") / "photo.png"
+    photo_for(64).save(path)
+    return path
 
 
 @pytest.fixture

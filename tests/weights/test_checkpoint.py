@@ -226,9 +226,8 @@ def test_a_file_that_is_gone_is_told(pair: tuple[Path, Path]) -> None:
     assert found.changed() == [path]
 
 
-PHOTO = Path(__file__).parents[2] / "sdxl_ref" / "data" / "photo.jpg"
 RUNS = {
-    "refine": ["refine", str(PHOTO), "--checkpoint", "MODEL"],
+    "refine": ["refine", "PHOTO", "--checkpoint", "MODEL"],
     "generate": ["generate", "--base", "MODEL"],
     "generate, the refiner": ["generate", "--base", "pocket", "--refiner", "MODEL"],
 }
@@ -236,14 +235,16 @@ RUNS = {
 
 @pytest.mark.parametrize("name", sample(RUNS, "refine", "generate, the refiner"))
 def test_a_picture_names_the_file_that_painted_it(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Although another file took its name while the picture was painted, which is told in a line."""
     kind = "base" if name == "generate" else "refiner"
     model = tmp_path / "model.safetensors"
     model.write_bytes(POCKET[f"pocket-{kind}"].read_bytes())
     expected = hashlib.sha256(model.read_bytes()).hexdigest()
-    words = [*(word.replace("MODEL", str(model)) for word in RUNS[name]), "--prompt", "a cup", "--steps", "5"]
+    places = {"MODEL": str(model), "PHOTO": str(photo)}
+    words = [*(places.get(word, word) for word in RUNS[name]), "--prompt", "a cup", "--steps", "5"]
+    words += ["--width", "64", "--height", "64"] if "generate" in words else []
     assert main([*words, "--out", str(tmp_path / "before.png")]) == 0
     assert "has changed" not in capsys.readouterr().err
 
@@ -261,18 +262,20 @@ def test_a_picture_names_the_file_that_painted_it(
     assert settings(tmp_path / "after.png")[key]["sha256"] == expected
 
 
-def test_a_photo_is_named_by_the_bytes_that_were_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    photo = tmp_path / "photo.jpg"
-    photo.write_bytes(PHOTO.read_bytes())
-    expected = hashlib.sha256(photo.read_bytes()).hexdigest()
+def test_a_photo_is_named_by_the_bytes_that_were_used(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "photo.png"
+    own.write_bytes(photo.read_bytes())
+    expected = hashlib.sha256(own.read_bytes()).hexdigest()
     decode = Pipeline.decode
 
     def replace_and_decode(self: Pipeline, latents: Tensor) -> Tensor:
-        photo.write_bytes(b"another one")
+        own.write_bytes(b"another one")
         return decode(self, latents)
 
     monkeypatch.setattr(Pipeline, "decode", replace_and_decode)
-    refine = Refine(photo, POCKET["pocket-refiner"])
+    refine = Refine(own, POCKET["pocket-refiner"])
     assert refine(out=tmp_path / "out.png") == 0
     assert settings(tmp_path / "out.png")["image_sha256"] == expected
 

@@ -233,8 +233,6 @@ def test_a_folder_of_another_autoencoder(places: dict[str, Path], files: dict[st
 
 # --- on the command line ------------------------------------------------------------------------------------------
 
-PHOTO = Path(__file__).parents[2] / "sdxl_ref" / "data" / "photo.jpg"
-
 
 @pytest.fixture(scope="module")
 def pocket_vae(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -252,9 +250,11 @@ def pocket_vae(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def test_refine_with_a_vae(pocket_vae: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refine_with_a_vae(
+    pocket_vae: dict[str, Path], photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A completed file makes the whole one's picture; another VAE another one, which the settings tell."""
-    refine = Refine(PHOTO, POCKET["pocket-refiner"])
+    refine = Refine(photo, POCKET["pocket-refiner"])
     assert refine(out=tmp_path / "whole.png") == 0
     assert refine(checkpoint=pocket_vae["refiner"], vae=pocket_vae["vae"], out=tmp_path / "completed.png") == 0
     assert refine(vae=pocket_vae["darker"], out=tmp_path / "darker.png") == 0
@@ -279,7 +279,7 @@ def test_an_ensembles_refiner_needs_no_vae(pocket_vae: dict[str, Path]) -> None:
 
 def test_generate_with_a_vae(pocket_vae: dict[str, Path], tmp_path: Path) -> None:
     """It is the base's; a refiner's own is not needed."""
-    words = ["generate", "--prompt", "a red circle", "--steps", "5", "--out"]
+    words = ["generate", "--prompt", "a red circle", "--steps", "5", "--width", "64", "--height", "64", "--out"]
     assert main([*words, str(tmp_path / "a.png"), "--base", "pocket", "--refiner", "pocket"]) == 0
     pair = ["--base", str(pocket_vae["base"]), "--refiner", str(pocket_vae["refiner"])]
     assert main([*words, str(tmp_path / "b.png"), *pair, "--vae", str(pocket_vae["vae"])]) == 0

@@ -1,4 +1,4 @@
-"""A small file with all that an official one may carry, and the same as a folder."""
+"""A tiny file with all that an official one may carry, and the same as a folder."""
 
 import shutil
 from pathlib import Path
@@ -14,12 +14,12 @@ from weights_convert.convert import convert
 @pytest.fixture(scope="session", params=["refiner", "base"])
 def official(
     request: pytest.FixtureRequest,
-    small_refiner_file: Path,
-    small_base_file: Path,
+    tiny_refiner_file: Path,
+    tiny_base_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A small file with everything that an official one may carry besides its weights."""
-    source = small_refiner_file if request.param == "refiner" else small_base_file
+    """A tiny file with everything that an official one may carry besides its weights."""
+    source = tiny_refiner_file if request.param == "refiner" else tiny_base_file
     state = load_file(source)
     state["denoiser.sigmas"] = torch.linspace(0, 14, 1000).half()
     state["model_ema.decay"] = torch.tensor(0.5)
@@ -41,14 +41,14 @@ def converted(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def converted_refiner(small_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small refiner as a folder, to be read alone."""
+def converted_refiner(tiny_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny refiner as a folder, to be read alone."""
     folder = tmp_path_factory.mktemp("converted") / "folder"
-    convert(small_refiner_file, folder, "diffusers")
+    convert(tiny_refiner_file, folder, "diffusers")
     return folder
 
 
 @pytest.fixture
 def folder(converted_refiner: Path, tmp_path: Path) -> Path:
-    """The small refiner as a folder of the test's own."""
+    """The tiny refiner as a folder of the test's own."""
     return Path(shutil.copytree(converted_refiner, tmp_path / "folder"))

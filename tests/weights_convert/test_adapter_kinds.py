@@ -162,7 +162,7 @@ def test_conversion_keeps_the_metadata_that_still_hold(form: str, tmp_path: Path
 
 def merged(tmp_path: Path, dtype: torch.dtype, *options: str) -> Any:
     """Merge on the command line into a checkpoint of a dtype; the dtypes of the result, and the error of the change."""
-    config = peers.SMALL_REFINER
+    config = peers.TINY_REFINER
     save_checkpoint(tmp_path / "model.safetensors", config, networks(config), torch.float32)
     state = {key: tensor.to(dtype) for key, tensor in load_file(tmp_path / "model.safetensors").items()}
     save_file(state, tmp_path / "model.safetensors", read_metadata(tmp_path / "model.safetensors"))

@@ -71,7 +71,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("module", ["sdxl_ref.weights.report", "weights_convert.cli"])
-def test_ctrl_c(module: str, small_refiner_file: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c(module: str, tiny_refiner_file: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the libraries are still coming, and at work."""
 
     def interrupt(*_: object, **__: object) -> None:
@@ -79,14 +79,14 @@ def test_ctrl_c(module: str, small_refiner_file: Path, capsys: Any, monkeypatch:
 
     function = {"sdxl_ref.weights.report": "open_checkpoint", "weights_convert.cli": "module_of"}[module]
     monkeypatch.setattr(f"{module}.{function}", interrupt)
-    assert main(["inspect", str(small_refiner_file)]) == 1
+    assert main(["inspect", str(tiny_refiner_file)]) == 1
     assert capsys.readouterr().err == ("weights-convert: stopped; nothing is at the target that was not there before\n")
 
 
 @pytest.mark.parametrize(("command", "unbuffered"), diagonal(["inspect", "diff"], ["", "1"]))
-def test_a_pipe_whose_reader_has_gone(command: str, unbuffered: str, small_refiner_file: Path) -> None:
+def test_a_pipe_whose_reader_has_gone(command: str, unbuffered: str, tiny_refiner_file: Path) -> None:
     """The status is that of the work, whether the lines are written before or after he goes."""
-    files = [str(small_refiner_file)] * (2 if command == "diff" else 1)
+    files = [str(tiny_refiner_file)] * (2 if command == "diff" else 1)
     words = [sys.executable, "-m", "weights_convert", command, *files]
     shell = ["bash", "-c", 'set -o pipefail; "$@" | head -0', "bash", *words]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
@@ -95,27 +95,27 @@ def test_a_pipe_whose_reader_has_gone(command: str, unbuffered: str, small_refin
 
 
 def test_a_stream_that_is_full(
-    small_refiner_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_refiner_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
-        assert main(["inspect", str(small_refiner_file)]) == 1
+        assert main(["inspect", str(tiny_refiner_file)]) == 1
     assert capsys.readouterr().err == "weights-convert: error: [Errno 28] No space left on device\n"
 
 
-def test_streams_that_are_closed(small_refiner_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_that_are_closed(tiny_refiner_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", None)
     monkeypatch.setattr("sys.stderr", None)
-    assert main(["inspect", str(small_refiner_file)]) == 0
+    assert main(["inspect", str(tiny_refiner_file)]) == 0
     assert main(["inspect", "none"]) == 2
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_names_that_a_stream_cannot_show(
-    encoding: str, small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: str, tiny_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "猫.safetensors"
-    shutil.copy(small_refiner_file, path)
+    shutil.copy(tiny_refiner_file, path)
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
     for name, stream in streams.items():
         monkeypatch.setattr(f"sys.{name}", stream)
@@ -128,17 +128,17 @@ def test_names_that_a_stream_cannot_show(
 
 
 @pytest.fixture(scope="module")
-def foreign(small_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def foreign(tiny_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file, another one, a folder and an adapter, all with names and metadata in other scripts."""
     folder = tmp_path_factory.mktemp("桜")
-    state = load_file(small_refiner_file)
-    with safe_open(small_refiner_file, framework="pt") as file:
+    state = load_file(tiny_refiner_file)
+    with safe_open(tiny_refiner_file, framework="pt") as file:
         metadata = file.metadata() | {"modelspec.title": "桜ミックス 🌸 v2", "modelspec.author": "名無し"}
     save_file(state, folder / "桜.safetensors", metadata)
     save_file(
         state | {"model_ema.桜": state["first_stage_model.quant_conv.bias"] + 1}, folder / "無.safetensors", metadata
     )
-    random_file(peers.SMALL_REFINER, folder / "猫.safetensors")
+    random_file(peers.TINY_REFINER, folder / "猫.safetensors")
     assert main(["convert", str(folder / "桜.safetensors"), str(folder / "花"), "--to", "diffusers"]) == 0
     return folder
 

@@ -65,8 +65,8 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def conversion(small_refiner_file: Path, tmp_path: Path, layout: str) -> Conversion:
-    return Conversion(small_refiner_file, tmp_path, layout)
+def conversion(tiny_refiner_file: Path, tmp_path: Path, layout: str) -> Conversion:
+    return Conversion(tiny_refiner_file, tmp_path, layout)
 
 
 def test_a_kill_leaves_the_old_or_the_whole_new(conversion: Conversion, layout: str) -> None:
@@ -86,16 +86,16 @@ def test_a_kill_leaves_the_old_or_the_whole_new(conversion: Conversion, layout: 
 
 
 def test_where_names_cannot_be_swapped_too(
-    small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the old folder was moved away: the next run finds it, and refuses to replace it unasked."""
-    conversion = Conversion(small_refiner_file, tmp_path, "diffusers")
+    conversion = Conversion(tiny_refiner_file, tmp_path, "diffusers")
     monkeypatch.setattr(folder_saving, "exchange", lambda *_: False)
     renamed = [killed_before(conversion.run, call, "os.rename") for call in (1,)]
     assert renamed == [True]
     assert not conversion.target.exists()
     with pytest.raises(InputError, match="is there already"):
-        convert(small_refiner_file, conversion.target, "diffusers")
+        convert(tiny_refiner_file, conversion.target, "diffusers")
     assert contents(conversion.target) == conversion.old
     conversion.run()
     assert contents(conversion.target) == conversion.new

@@ -5,7 +5,7 @@ from pathlib import Path
 import peers
 import pytest
 import torch
-from adapter_files import CONFIGS, networks, outputs, put_on, random_file
+from adapter_files import CONFIGS, TINY, networks, outputs, put_on, random_file
 from cases import diagonal
 from safetensors.torch import load_file, save_file
 
@@ -65,7 +65,7 @@ def test_conversion_between_the_forms_keeps_the_change(kind: str, form: str, tmp
 
 @every_kind
 def test_merged_weights_give_the_applied_adapters_outputs(kind: str, tmp_path: Path) -> None:
-    config = CONFIGS[kind]
+    config = TINY[kind]
     parts = networks(config)
     save_checkpoint(tmp_path / "model.safetensors", config, parts, torch.float32)
     files = [random_file(config, tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
@@ -82,7 +82,7 @@ def test_merged_weights_give_the_applied_adapters_outputs(kind: str, tmp_path: P
 
 @every_kind
 def test_extraction_at_full_rank_rebuilds_the_difference(kind: str, tmp_path: Path) -> None:
-    config = CONFIGS[kind]
+    config = TINY[kind]
     parts = networks(config)
     save_checkpoint(tmp_path / "first.safetensors", config, parts, torch.float32)
     merge(
@@ -102,9 +102,9 @@ def test_extraction_at_full_rank_rebuilds_the_difference(kind: str, tmp_path: Pa
     assert float(str(low).split("; ")[1].split(" ")[0]) < 1e-3  # the change has rank 3
 
 
-def test_extraction_says_what_it_does_not_carry(small_refiner_file: Path, tmp_path: Path) -> None:
+def test_extraction_says_what_it_does_not_carry(tiny_refiner_file: Path, tmp_path: Path) -> None:
     """Biases, norms, embeddings and the VAE; the second file has no metadata, its shapes tell that it is a version."""
-    state, second = load_file(small_refiner_file), tmp_path / "second.safetensors"
+    state, second = load_file(tiny_refiner_file), tmp_path / "second.safetensors"
     carried = "model.diffusion_model.out.2.weight"
     others = [
         "conditioner.embedders.0.model.ln_final.weight",
@@ -115,31 +115,31 @@ def test_extraction_says_what_it_does_not_carry(small_refiner_file: Path, tmp_pa
     ]
     changed = {key: state[key] + 0.125 for key in (carried, *others)}
     save_file(state | changed | {"denoiser.sigmas": torch.ones(1000)}, second)
-    told = str(extract(small_refiner_file, second, tmp_path / "out.safetensors", 4))
+    told = str(extract(tiny_refiner_file, second, tmp_path / "out.safetensors", 4))
     assert "1 layers of rank at most 4" in told
     assert f"5 other tensors differ, which no adapter carries: {', '.join(others[:3])}, …" in told
     assert {key.split(".")[0] for key in load_file(tmp_path / "out.safetensors")} == {"lora_unet_out_2"}
     save_file(state | changed | {carried: state[carried]}, second)
     with pytest.raises(InputError, match="there is nothing to extract; 5 other tensors differ"):
-        extract(small_refiner_file, second, tmp_path / "none.safetensors", 4)
+        extract(tiny_refiner_file, second, tmp_path / "none.safetensors", 4)
     save_file(state | {carried: changed[carried]}, second)
-    told = str(extract(small_refiner_file, second, tmp_path / "again.safetensors", 4))
+    told = str(extract(tiny_refiner_file, second, tmp_path / "again.safetensors", 4))
     assert told.endswith("0 other tensors differ, which no adapter carries")
 
 
-def test_extraction_of_two_models(small_base_file: Path, small_refiner_file: Path, tmp_path: Path) -> None:
+def test_extraction_of_two_models(tiny_base_file: Path, tiny_refiner_file: Path, tmp_path: Path) -> None:
     message = r"no two versions of one model: in the second \d+ missing: .*; \d+ unexpected: "
     with pytest.raises(InputError, match=message):
-        extract(small_base_file, small_refiner_file, tmp_path / "out.safetensors", 4)
+        extract(tiny_base_file, tiny_refiner_file, tmp_path / "out.safetensors", 4)
 
 
-def test_extraction_at_rank_0(small_base_file: Path, tmp_path: Path) -> None:
+def test_extraction_at_rank_0(tiny_base_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rank must be from 1 to 4096, found 0"):
-        extract(small_base_file, small_base_file, tmp_path / "y", 0)
+        extract(tiny_base_file, tiny_base_file, tmp_path / "y", 0)
 
 
-def test_a_merge_that_overflows_is_refused(small_refiner_file: Path, tmp_path: Path) -> None:
-    file = random_file(peers.SMALL_REFINER, tmp_path / "x.safetensors")
+def test_a_merge_that_overflows_is_refused(tiny_refiner_file: Path, tmp_path: Path) -> None:
+    file = random_file(peers.TINY_REFINER, tmp_path / "x.safetensors")
     with pytest.raises(InputError, match=r"would hold values that are not finite in torch.float16: use a lower scale"):
-        merge(small_refiner_file, [(file, 1e7)], tmp_path / "merged.safetensors")
+        merge(tiny_refiner_file, [(file, 1e7)], tmp_path / "merged.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

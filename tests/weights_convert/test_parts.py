@@ -47,14 +47,14 @@ def test_open_clips_own_file_takes_the_place(official: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("own", [2.5, None], ids=["with a scale", "without"])
 @pytest.mark.parametrize(("there", "to"), diagonal([True, False], ["official", "diffusers"]))
 def test_open_clips_scale_is_carried_where_it_has_one(
-    small_refiner_file: Path, tmp_path: Path, own: float | None, there: bool, to: str
+    tiny_refiner_file: Path, tmp_path: Path, own: float | None, there: bool, to: str
 ) -> None:
     prefix = "conditioner.embedders.0.model."
-    state = load_file(small_refiner_file)
+    state = load_file(tiny_refiner_file)
     tower = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     first = float(tower.pop("logit_scale"))
     save_file(tower | ({} if own is None else {"logit_scale": torch.tensor(own)}), tmp_path / "clip.safetensors")
-    with safe_open(small_refiner_file, framework="pt") as file:
+    with safe_open(tiny_refiner_file, framework="pt") as file:
         metadata = file.metadata()
     source = {key: value for key, value in state.items() if there or not key.endswith("logit_scale")}
     save_file(source, tmp_path / "source.safetensors", metadata)
@@ -90,11 +90,11 @@ def test_dtypes_that_no_weights_have(folder: Path, tmp_path: Path, capsys: pytes
 
 
 def test_a_separate_autoencoder_of_such_a_dtype(
-    small_refiner_file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_refiner_file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"dtype":"F16"', b'"dtype":"U16"', 1))
-    words = ["convert", small_refiner_file, tmp_path / "out.safetensors", "--to", "official", "--vae", path]
+    words = ["convert", tiny_refiner_file, tmp_path / "out.safetensors", "--to", "official", "--vae", path]
     assert main([str(word) for word in words]) == 2
     assert "decoder.conv_in.bias has the dtype U16, expected one of F64, F32, F16" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
@@ -138,12 +138,12 @@ def test_a_separate_autoencoder_brings_its_scaling_factor_where_it_says_one(
 
 @pytest.mark.parametrize("option", ["--vae", "--openclip"])
 def test_a_file_that_holds_no_such_part(
-    option: str, small_refiner_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, tiny_refiner_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_file({"latents": torch.zeros(1, 4, 8, 8)}, tmp_path / "a.safetensors")
     words = [
         "convert",
-        small_refiner_file,
+        tiny_refiner_file,
         tmp_path / "b.safetensors",
         "--to",
         "official",

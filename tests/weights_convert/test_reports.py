@@ -22,10 +22,10 @@ from weights_convert.stream import HASH_KEY
 
 
 @pytest.fixture(scope="module")
-def own(small_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own(tiny_refiner_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file that a conversion wrote, to be read alone."""
     path = tmp_path_factory.mktemp("own") / "own.safetensors"
-    convert(small_refiner_file, path, "official")
+    convert(tiny_refiner_file, path, "official")
     return path
 
 
@@ -252,16 +252,16 @@ def test_the_pocket_pair_by_its_names(name: str, tmp_path: Path, capsys: pytest.
     assert "the pocket pair is two models" in err
 
 
-def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], small_refiner_file: Path) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_refiner_file: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"x")
     (tmp_path / "x.safetensors").write_bytes(b"x")
     for words in (
         ["inspect", tmp_path / "none.safetensors"],
         ["inspect", tmp_path / "x.ckpt"],
         ["verify", tmp_path / "x.safetensors"],
-        ["convert", small_refiner_file, tmp_path / "out"],
-        ["convert", small_refiner_file, tmp_path / "out", "--to", "onnx"],
-        ["diff", small_refiner_file],
+        ["convert", tiny_refiner_file, tmp_path / "out"],
+        ["convert", tiny_refiner_file, tmp_path / "out", "--to", "onnx"],
+        ["diff", tiny_refiner_file],
         ["unknown"],
         [],
     ):
@@ -272,10 +272,10 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert err.startswith("weights-convert: error: ")
 
 
-def test_adapters_are_not_compared_and_what_to_do_is_told(small_refiner_file: Path, tmp_path: Path) -> None:
+def test_adapters_are_not_compared_and_what_to_do_is_told(tiny_refiner_file: Path, tmp_path: Path) -> None:
     for name in ("a.safetensors", "b.safetensors"):
-        random_file(peers.SMALL_REFINER, tmp_path / name)
-    for pair in (("a", "b"), ("a", small_refiner_file.with_suffix("")), (small_refiner_file.with_suffix(""), "b")):
+        random_file(peers.TINY_REFINER, tmp_path / name)
+    for pair in (("a", "b"), ("a", tiny_refiner_file.with_suffix("")), (tiny_refiner_file.with_suffix(""), "b")):
         first, second = (tmp_path / f"{name}.safetensors" for name in pair)
         with pytest.raises(InputError, match=r"found an adapter \(LoRA\), .*weights-convert lora merge") as caught:
             diff(first, second)

@@ -71,11 +71,11 @@ def test_float8_goes_there_and_back(small_refiner_file: Path, tmp_path: Path) ->
     assert main(["diff", str(tmp_path / "small.safetensors"), str(tmp_path / "folder")]) == 0
 
 
-def test_the_hash_goes_into_its_own_field(small_refiner_file: Path, tmp_path: Path) -> None:
+def test_the_hash_goes_into_its_own_field(tiny_refiner_file: Path, tmp_path: Path) -> None:
     """Fields before it that say what stands in its place until it is known keep what they say."""
-    with safe_open(small_refiner_file, framework="pt") as file:
+    with safe_open(tiny_refiner_file, framework="pt") as file:
         metadata = file.metadata() | {"a.note": EMPTY_HASH, "a.quote": f'"{HASH_KEY}":"{EMPTY_HASH}"'}
-    save_file(load_file(small_refiner_file), tmp_path / "source.safetensors", metadata)
+    save_file(load_file(tiny_refiner_file), tmp_path / "source.safetensors", metadata)
     convert(tmp_path / "source.safetensors", tmp_path / "out.safetensors", "official")
     found = open_checkpoint(tmp_path / "out.safetensors").metadata
     assert {name: found[name] for name in metadata} == metadata
@@ -170,10 +170,10 @@ def test_other_edited_sizes_survive(folder: Path, tmp_path: Path, file: str, fie
     assert fields_of(tmp_path / "b" / file / "config.json")[field] == value
 
 
-def test_a_file_that_predicts_v_stays_one(small_refiner_file: Path, tmp_path: Path) -> None:
-    config = replace(open_checkpoint(small_refiner_file).config, prediction="v")
+def test_a_file_that_predicts_v_stays_one(tiny_refiner_file: Path, tmp_path: Path) -> None:
+    config = replace(open_checkpoint(tiny_refiner_file).config, prediction="v")
     metadata = {CONFIG_KEY: config_to_json(config), "modelspec.prediction_type": "v_prediction"}
-    save_file(load_file(small_refiner_file), tmp_path / "v.safetensors", metadata)
+    save_file(load_file(tiny_refiner_file), tmp_path / "v.safetensors", metadata)
     convert(tmp_path / "v.safetensors", tmp_path / "model", "diffusers")
     assert fields_of(tmp_path / "model" / "scheduler" / "scheduler_config.json")["prediction_type"] == "v_prediction"
     convert(tmp_path / "v.safetensors", tmp_path / "again.safetensors", "official")
@@ -183,11 +183,11 @@ def test_a_file_that_predicts_v_stays_one(small_refiner_file: Path, tmp_path: Pa
 
 
 def test_what_a_files_header_says_of_the_prediction_is_brought_up_to_its_configuration(
-    small_refiner_file: Path, tmp_path: Path
+    tiny_refiner_file: Path, tmp_path: Path
 ) -> None:
-    config = replace(open_checkpoint(small_refiner_file).config, prediction="v")
+    config = replace(open_checkpoint(tiny_refiner_file).config, prediction="v")
     metadata = {CONFIG_KEY: config_to_json(config), "modelspec.prediction_type": "epsilon"}
-    save_file(load_file(small_refiner_file), tmp_path / "v.safetensors", metadata)
+    save_file(load_file(tiny_refiner_file), tmp_path / "v.safetensors", metadata)
     prediction = open_checkpoint(tmp_path / "v.safetensors").config.prediction
     convert(tmp_path / "v.safetensors", tmp_path / "again.safetensors", "official")
     found = metadata_of(tmp_path / "again.safetensors")
@@ -270,7 +270,7 @@ def test_what_is_no_part_of_sdxls_is_left_out_and_told(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["no JSON", "[1]", '{"model_index.json": 3}'])
-def test_metadata_that_keep_no_settings(small_refiner_file: Path, tmp_path: Path, text: str) -> None:
-    metadata = metadata_of(small_refiner_file) | {SETTINGS_KEY: text}
-    save_file(load_file(small_refiner_file), tmp_path / "a.safetensors", metadata)
+def test_metadata_that_keep_no_settings(tiny_refiner_file: Path, tmp_path: Path, text: str) -> None:
+    metadata = metadata_of(tiny_refiner_file) | {SETTINGS_KEY: text}
+    save_file(load_file(tiny_refiner_file), tmp_path / "a.safetensors", metadata)
     assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "model"), "--to", "diffusers"]) == 2

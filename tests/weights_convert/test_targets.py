@@ -19,13 +19,13 @@ from weights_convert.convert import convert
 from weights_convert.targets import link_or_copy, named_in_pipeline
 
 
-def test_targets(small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets(tiny_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "target.safetensors"
     target.write_text("precious")
 
     def refused(message: str, **options: Any) -> None:
         with pytest.raises(InputError, match=message):
-            convert(small_refiner_file, **{"target": target, "to": "official", **options})
+            convert(tiny_refiner_file, **{"target": target, "to": "official", **options})
         assert target.read_text() == "precious"
 
     refused("is there already: name another target, or give --force")
@@ -34,7 +34,7 @@ def test_targets(small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.M
     refused("is a file: name a folder", to="diffusers", force=True)
     refused("no such file", vae=tmp_path / "none.safetensors")
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    refused("needs 0.04 GB, and .* has 0.00 GB free", force=True)
+    refused("needs 0.01 GB, and .* has 0.00 GB free", force=True)
     monkeypatch.undo()
 
     def full(*_: object) -> int:
@@ -44,11 +44,11 @@ def test_targets(small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.M
     refused("No space left on device", force=True)
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {"target.safetensors"}
-    convert(small_refiner_file, target, "official", force=True)
+    convert(tiny_refiner_file, target, "official", force=True)
     assert open_checkpoint(target).config.kind == "refiner"
 
 
-def test_force_is_advised_only_where_it_is_followed(small_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
+def test_force_is_advised_only_where_it_is_followed(tiny_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
     """A target that `--force` would not replace is told as what it is, whether it is given or not."""
     other, file = tmp_path / "other", tmp_path / "file.safetensors"
     other.mkdir()
@@ -64,20 +64,20 @@ def test_force_is_advised_only_where_it_is_followed(small_refiner_file: Path, fo
         for target, to, message in cases:
             for part in (None, "vae") if target != folder else (None,):
                 with pytest.raises(InputError, match=message):
-                    convert(small_refiner_file, target, to, force=force, part=part)
+                    convert(tiny_refiner_file, target, to, force=force, part=part)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.PT", "model.safetensors.bin"])
-def test_no_file_is_named_as_a_pickle(small_refiner_file: Path, tmp_path: Path, name: str) -> None:
+def test_no_file_is_named_as_a_pickle(tiny_refiner_file: Path, tmp_path: Path, name: str) -> None:
     for part in (None, "unet"):
         with pytest.raises(InputError, match=f"cannot write .*{name}: expected a name that ends in .safetensors"):
-            convert(small_refiner_file, tmp_path / name, "official", part=part)
-    words = ["merge", str(small_refiner_file), "none.safetensors", "--out", str(tmp_path / name)]
+            convert(tiny_refiner_file, tmp_path / name, "official", part=part)
+    words = ["merge", str(tiny_refiner_file), "none.safetensors", "--out", str(tmp_path / name)]
     assert main(["lora", *words]) == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_force_replaces_models_alone(small_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
+def test_force_replaces_models_alone(tiny_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
     other, precious = tmp_path / "other", tmp_path / "precious.safetensors"
     other.mkdir()
     (other / "letter.txt").write_text("dear")
@@ -91,10 +91,10 @@ def test_force_replaces_models_alone(small_refiner_file: Path, folder: Path, tmp
             convert(source, target, to, force=True)
 
     for to in ("official", "diffusers"):
-        refused(small_refiner_file, other, to, "is a folder that holds other things than a model")
+        refused(tiny_refiner_file, other, to, "is a folder that holds other things than a model")
         for name in ("link.safetensors", "circle", "pipe"):
-            refused(small_refiner_file, tmp_path / name, to, "is a link or a device")
-    refused(small_refiner_file, folder, "official", "is a folder: name a file")
+            refused(tiny_refiner_file, tmp_path / name, to, "is a link or a device")
+    refused(tiny_refiner_file, folder, "official", "is a folder: name a file")
     refused(folder, folder / "unet", "diffusers", "lie one inside the other")
     refused(folder / "unet" / "..", tmp_path, "diffusers", "lie one inside the other")
     assert (other / "letter.txt").read_text() == "dear"
@@ -104,10 +104,10 @@ def test_force_replaces_models_alone(small_refiner_file: Path, folder: Path, tmp
 
 @pytest.mark.parametrize("name", [".", "/", "..", "x" * 300, "x" * 300 + "/y"])
 def test_targets_without_a_name_of_their_own_or_with_too_long_a_one(
-    small_refiner_file: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tiny_refiner_file: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = str(small_refiner_file)
+    source = str(tiny_refiner_file)
     for words in (
         ["convert", source, name, "--to", "official", "--force"],
         ["convert", source, name, "--to", "diffusers"],
@@ -120,9 +120,9 @@ def test_targets_without_a_name_of_their_own_or_with_too_long_a_one(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_of_255_bytes_is_written(small_refiner_file: Path, tmp_path: Path) -> None:
+def test_a_name_of_255_bytes_is_written(tiny_refiner_file: Path, tmp_path: Path) -> None:
     target = tmp_path / ("猫" * 81 + ".safetensors")
-    convert(small_refiner_file, target, "official")
+    convert(tiny_refiner_file, target, "official")
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
@@ -131,7 +131,7 @@ def test_a_name_of_255_bytes_is_written(small_refiner_file: Path, tmp_path: Path
 
 @pytest.mark.parametrize("has_links", [True, False])
 def test_force_keeps_what_the_layout_does_not_name(
-    small_refiner_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+    tiny_refiner_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
 ) -> None:
     """Bits, rights and links; and what lies beside the target."""
     if not has_links:
@@ -145,7 +145,7 @@ def test_force_keeps_what_the_layout_does_not_name(
     (folder / "elsewhere").symlink_to(tmp_path / "nowhere")
     folder.chmod(0o700)
     (tmp_path / ".folder.old").write_text("mine")
-    report = str(convert(small_refiner_file, folder, "diffusers", force=True))
+    report = str(convert(tiny_refiner_file, folder, "diffusers", force=True))
     assert {name: (folder / name).read_text() for name in own} == own
     assert stat.S_IMODE((folder / ".git" / "hook").stat().st_mode) == 0o750
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -160,17 +160,17 @@ def no_links(*_: object, **__: object) -> None:
 
 
 def test_force_replaces_all_that_the_layout_names(
-    small_base_file: Path, small_refiner_file: Path, tmp_path: Path
+    tiny_base_file: Path, tiny_refiner_file: Path, tmp_path: Path
 ) -> None:
     """Other variants, shards and pickles of the older model too, which would be read in the place of the new one."""
     target = tmp_path / "model"
-    convert(small_base_file, target, "diffusers", variant="fp16")
+    convert(tiny_base_file, target, "diffusers", variant="fp16")
     for name in ("unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model-00001-of-00002.safetensors"):
         (target / name).write_text("old")
     (target / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
     (target / "tokenizer" / "added_tokens.json").write_text("{}")
-    convert(small_refiner_file, target, "diffusers", force=True)
-    convert(small_refiner_file, tmp_path / "fresh", "diffusers")
+    convert(tiny_refiner_file, target, "diffusers", force=True)
+    convert(tiny_refiner_file, tmp_path / "fresh", "diffusers")
     assert names_in(target) == names_in(tmp_path / "fresh")
 
 
@@ -178,8 +178,8 @@ def names_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def test_every_name_that_a_conversion_writes_is_the_layouts(small_base_file: Path, tmp_path: Path) -> None:
-    convert(small_base_file, tmp_path / "model", "diffusers", variant="fp16")
+def test_every_name_that_a_conversion_writes_is_the_layouts(tiny_base_file: Path, tmp_path: Path) -> None:
+    convert(tiny_base_file, tmp_path / "model", "diffusers", variant="fp16")
     files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
     assert len(files) > 15
     assert all(named_in_pipeline(path.relative_to(tmp_path / "model")) for path in files)
@@ -189,7 +189,7 @@ def test_every_name_that_a_conversion_writes_is_the_layouts(small_base_file: Pat
 
 @pytest.mark.parametrize("to", ["official", "diffusers"])
 def test_of_two_conversions_to_one_new_target_one_wins_and_the_other_is_told(
-    to: str, small_refiner_file: Path, small_base_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    to: str, tiny_refiner_file: Path, tiny_base_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have found the target free before either writes."""
     target = tmp_path / "target.safetensors"
@@ -213,7 +213,7 @@ def test_of_two_conversions_to_one_new_target_one_wins_and_the_other_is_told(
         except InputError as error:
             outcomes[kind] = str(error)
 
-    sources = {"refiner": small_refiner_file, "base": small_base_file}
+    sources = {"refiner": tiny_refiner_file, "base": tiny_base_file}
     threads = [threading.Thread(target=work, args=item) for item in sources.items()]
     for thread in threads:
         thread.start()
@@ -229,7 +229,7 @@ def test_of_two_conversions_to_one_new_target_one_wins_and_the_other_is_told(
 @pytest.mark.parametrize("to", ["official", "diffusers"])
 @pytest.mark.parametrize("has_links", [True, False])
 def test_what_comes_to_the_target_meanwhile_stays(
-    to: str, has_links: bool, small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    to: str, has_links: bool, tiny_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target.safetensors"
     header = stream.header
@@ -242,19 +242,19 @@ def test_what_comes_to_the_target_meanwhile_stays(
     if not has_links:
         monkeypatch.setattr("os.link", no_links)
     with pytest.raises(InputError, match=r"target\.safetensors has come there meanwhile, and stays"):
-        convert(small_refiner_file, target, to)
+        convert(tiny_refiner_file, target, to)
     assert target.read_text() == "precious"
 
 
-def test_a_file_system_without_links(small_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_links(tiny_refiner_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.link", no_links)
-    convert(small_refiner_file, tmp_path / "a.safetensors", "official")
-    assert load_file(tmp_path / "a.safetensors").keys() == load_file(small_refiner_file).keys()
+    convert(tiny_refiner_file, tmp_path / "a.safetensors", "official")
+    assert load_file(tmp_path / "a.safetensors").keys() == load_file(tiny_refiner_file).keys()
 
 
-def test_nothing_that_is_read_is_written_on(small_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
+def test_nothing_that_is_read_is_written_on(tiny_refiner_file: Path, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    shutil.copy(small_refiner_file, file)
+    shutil.copy(tiny_refiner_file, file)
     os.link(file, tmp_path / "same.safetensors")
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     for source, target, options in (

@@ -7,7 +7,7 @@ from typing import Any
 import peers
 import pytest
 import torch
-from adapter_files import CONFIGS, networks, outputs, put_on
+from adapter_files import TINY, networks, outputs, put_on
 from lycoris_files import Peers
 from safetensors.torch import save_file
 
@@ -23,7 +23,7 @@ def as_lycoris_does(tmp_path: Path) -> Callable[..., Adapter]:
 
     @torch.no_grad()
     def check(kind: str, algo: str, **options: Any) -> Adapter:
-        config = CONFIGS[kind]
+        config = TINY[kind]
         peer = Peers(config, algo, **options)
         save_file(peer.state(), tmp_path / "lycoris.safetensors")
         adapter = lora.load(tmp_path / "lycoris.safetensors", config)
