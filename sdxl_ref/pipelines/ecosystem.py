@@ -28,7 +28,7 @@ def components_of(pipe: Any) -> dict[str, Any]:
 components = property(components_of)
 
 
-def pipeline_from(cls: Any, pipe: Any, **parts: Any) -> Any:
+def pipeline_from(cls: Any, /, pipe: Any, **parts: Any) -> Any:
     """A pipeline of this class that shares another one's networks, or has others in the place of some (`vae=`, …).
 
     Everything else that was set on `pipe` is kept: adapters lie on the networks, and how its model is run, the offload,

@@ -52,7 +52,8 @@ def state_of(pipe: Any) -> dict[str, Tensor]:
         check_plain(part, network)
         state |= {prefix + key: tensor.cpu().contiguous() for key, tensor in network.state_dict().items()}
     expected = expected_shapes(pipe.config)
-    if unlike := [key for key in expected | state if key not in state or state[key].shape != expected.get(key)]:
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if unlike := [key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key)]:
         raise InputError(
             f"a network was replaced by one of other names or sizes ({unlike[0]}): put the model's own back"
         )

@@ -39,8 +39,9 @@ class SequentialOffload(Offload):
             self.arrivals.append(name)
 
         def leave(*_: Any) -> None:
-            while homes:
-                tensor, tensor.data = homes.pop()
+            for tensor, data in homes:
+                tensor.data = data
+            homes.clear()
 
         block.register_forward_pre_hook(arrive, prepend=True)  # before hooks of the user's
         block.register_forward_hook(leave, always_call=True)
