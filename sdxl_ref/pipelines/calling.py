@@ -33,7 +33,7 @@ class PipelineOutput(NamedTuple):
 class Elsewhere:
     """What an ordinary run does not ask of a pipeline: the function, property or classmethod of its name in a module.
 
-    The module, of this package, is imported, here alone, when it is first asked for.
+    The module, of this package, is imported, here alone, when it is first asked for. Only a property can be set.
     """
 
     def __init__(self, module: str) -> None:
@@ -45,12 +45,8 @@ class Elsewhere:
     def __get__(self, pipe: Any, owner: type) -> Any:
         return getattr(import_module(self.module), self.name).__get__(pipe, owner)
 
-
-class ReadOnly(Elsewhere):
-    """A property of which `refuse_NAME` in its module says why it is not set, and what to do instead."""
-
     def __set__(self, pipe: Any, value: Any) -> None:
-        getattr(import_module(self.module), f"refuse_{self.name}")(value)
+        getattr(import_module(self.module), self.name).__set__(pipe, value)
 
 
 class CallablePipeline:
@@ -75,7 +71,7 @@ class CallablePipeline:
     save_pretrained = Elsewhere("saving")
     enable_model_cpu_offload = Elsewhere("ecosystem")
     enable_sequential_cpu_offload = Elsewhere("ecosystem")
-    scheduler = ReadOnly("scheduler")
+    scheduler = Elsewhere("scheduler")
 
     def __init__(self) -> None:
         self.wrap_denoiser: Callable[[Denoise], Denoise] | None = None

@@ -49,13 +49,13 @@ def settings_of(pipe: Any) -> SchedulerSettings:
     return SchedulerSettings(pipe.defaults, pipe.config.prediction)
 
 
-scheduler = property(settings_of)
-
-
-def refuse_scheduler(value: Any) -> None:
+def refuse(_pipe: Any, value: Any) -> None:
     """AttributeError; for a scheduler of diffusers' with the arguments that do the same."""
     name = type(value).__name__
     raise AttributeError(f"{READ_ONLY}; {equivalent(name, dict(getattr(value, 'config', {})))}")
+
+
+scheduler = property(settings_of, refuse)
 
 
 def equivalent(name: str, settings: dict[str, Any]) -> str:

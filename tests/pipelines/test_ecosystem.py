@@ -35,6 +35,12 @@ def test_the_components_make_another_pipeline(tiny_base_file: Path) -> None:
     assert torch.equal(call(other), call(base))
 
 
+def test_components_cannot_be_set() -> None:
+    pipe = pairs.base()
+    with pytest.raises(AttributeError):
+        pipe.components = {}
+
+
 def test_the_components_of_an_ensemble_are_its_pipelines() -> None:
     ensemble = pairs.ensemble()
     other = EnsemblePipeline(**ensemble.components)

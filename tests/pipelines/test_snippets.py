@@ -1,7 +1,7 @@
 """The calls of diffusers' SDXL documentation and of the model cards, with the import line changed.
 
-Each runs, or says in one line what to do. Source: docs/source/en/using-diffusers/sdxl.md and the model cards of base and refiner. Repositories are small seeded
-files here, addresses the photo that ships, and the device is the CPU; steps are few.
+Each runs, or says in one line what to do. Source: docs/source/en/using-diffusers/sdxl.md, and the model cards of base
+and refiner. Repositories are small seeded files here, addresses the photo that ships, and the device is the CPU.
 """
 
 from __future__ import annotations
