@@ -47,10 +47,6 @@ class OwnLevels:
         levels = torch.tensor(self.sigmas, dtype=torch.float32)
         return Grid(levels, tuple(map(schedule.timestep, levels[:-1].tolist())), schedule.timestep)
 
-    def initial_scale(self, first: float) -> float:
-        """Of unit noise, as with "leading"."""
-        return math.sqrt(1.0 + first**2)
-
 
 def completed(request: Any, defaults: Defaults) -> Any:
     """A request whose spacing is its own levels, and whose steps are theirs.

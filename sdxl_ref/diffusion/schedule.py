@@ -21,7 +21,7 @@ from sdxl_ref.config import InputError, unknown
 TRAIN_STEPS = 1000
 SPACINGS = ("leading", "trailing", "linspace", "sgm")
 STRENGTH_RULES = ("exact", "sgm")
-UNIT_VARIANCE = ("ddim", "ddpm")  # samplers whose own x has variance 1
+UNIT_VARIANCE = ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc")  # samplers whose own x has variance 1
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,12 @@ class NoiseSchedule:
     def initial_scale(self, sigmas: Tensor, spacing: Any, sampler: str = "euler") -> float:
         """What unit noise is multiplied by at the start of text-to-image, for levels (n+1,).
 
-        sqrt(1 + sigma^2) at the first level; sigma itself for "trailing" and "linspace", as diffusers' Euler has it,
-        but not for "ddim" and "ddpm", which start from unit noise in their own scaling.
+        sqrt(1 + sigma^2) at the first level. But sigma itself for "trailing" and "linspace", also as a folder asks for
+        them, as diffusers' Euler, ancestral Euler, Heun and LMS have it (`init_noise_sigma`); not for the samplers
+        whose schedulers there start from unit noise in their own scaling.
         """
         first = float(sigmas[0])
-        if hasattr(spacing, "grid"):
-            return spacing.initial_scale(first)
-        if spacing in ("trailing", "linspace") and sampler not in UNIT_VARIANCE:
+        if getattr(spacing, "spacing", spacing) in ("trailing", "linspace") and sampler not in UNIT_VARIANCE:
             return first
         return math.sqrt(1.0 + first**2)
 

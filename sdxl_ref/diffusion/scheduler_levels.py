@@ -3,7 +3,7 @@
 The classes fall into three families that make other levels of the same settings. "euler" (Euler, ancestral Euler, Heun,
 LMS): fractional training steps; other sigmas lie between the ends of the spacing. "multistep" (DPM-Solver++, UniPC):
 whole training steps, one more than are run, the last left out; other sigmas lie between the ends of the training
-schedule. "ddim" (DDIM, DDPM): whole training steps. Source: `set_timesteps` and `init_noise_sigma` of these classes.
+schedule. "ddim" (DDIM, DDPM): whole training steps. Source: `set_timesteps` of these classes.
 """
 
 import math
@@ -91,12 +91,6 @@ class SchedulerLevels:
         else:
             t = np.linspace(0.0, TRAIN_STEPS - 1.0, points)[::-1]
         return (t if self.family == "euler" else t.round())[:steps]
-
-    def initial_scale(self, first: float) -> float:
-        """sqrt(1 + sigma^2) at the first level; sigma itself in the family of Euler with "trailing" and "linspace"."""
-        if self.family == "euler" and self.spacing != "leading":
-            return first
-        return math.sqrt(1.0 + first**2)
 
 
 def karras(high: float, low: float, steps: int) -> Array:

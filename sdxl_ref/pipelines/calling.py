@@ -9,8 +9,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module
-from types import MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +31,9 @@ class PipelineOutput(NamedTuple):
 
 
 class Elsewhere:
-    """A method of pipelines that an ordinary run does not call: the function of its name in a module of this package.
+    """What an ordinary run does not ask of a pipeline: the function, property or classmethod of its name in a module.
 
-    The module is imported, here alone, when the method is first asked for.
+    The module, of this package, is imported, here alone, when it is first asked for. Only a property can be set.
     """
 
     def __init__(self, module: str) -> None:
@@ -44,8 +43,10 @@ class Elsewhere:
         self.name = name
 
     def __get__(self, pipe: Any, owner: type) -> Any:
-        function = getattr(import_module(self.module), self.name)
-        return function if pipe is None else MethodType(function, pipe)
+        return getattr(import_module(self.module), self.name).__get__(pipe, owner)
+
+    def __set__(self, pipe: Any, value: Any) -> None:
+        getattr(import_module(self.module), self.name).__set__(pipe, value)
 
 
 class CallablePipeline:
@@ -71,7 +72,12 @@ class CallablePipeline:
     set_adapters = Elsewhere("adapting")
     get_active_adapters = Elsewhere("adapting")
     unload_lora_weights = Elsewhere("adapting")
+    components = Elsewhere("ecosystem")
+    from_pipe = Elsewhere("ecosystem")
+    save_pretrained = Elsewhere("saving")
     enable_model_cpu_offload = Elsewhere("ecosystem")
+    enable_sequential_cpu_offload = Elsewhere("ecosystem")
+    scheduler = Elsewhere("scheduler")
 
     def __init__(self) -> None:
         self.wrap_denoiser: Callable[[Denoise], Denoise] | None = None
@@ -173,11 +179,11 @@ class CallablePipeline:
         """Options of tqdm's bar: `disable=True` hides it."""
         self._progress |= options
 
-    def _no_scheduler(self, *_: Any) -> Any:
-        """How a run steps is said by its arguments, or by a folder's scheduler settings where these are left out."""
-        raise AttributeError("there is no scheduler object: the call takes sampler=, spacing=, karras=, eta=, s_noise=")
+    if not TYPE_CHECKING:
 
-    scheduler = property(_no_scheduler, _no_scheduler)
+        def __getattr__(self, name: str) -> Any:
+            """What else the ecosystem's code asks for by name: `other_calls` does it, or says what to do."""
+            return import_module("sdxl_ref.pipelines.other_calls").answer(self, name)
 
     def models(self) -> Sequence[Any]:
         """The pipelines of one model each that this one is made of."""

@@ -20,3 +20,11 @@ class DiffusionPipeline:
         checkpoint = open_checkpoint(name, **{key: options[key] for key in WHERE if key in options})
         pipeline = TextToImagePipeline if checkpoint.config.kind == "base" else ImageToImagePipeline
         return pipeline.from_pretrained(checkpoint, **options)
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, **parts: Any) -> TextToImagePipeline | ImageToImagePipeline:
+        """As a pipeline's own `from_pipe`, by what the model is."""
+        is_refiner = isinstance(pipe, ImageToImagePipeline) and pipe.config.kind == "refiner"
+        pipeline = ImageToImagePipeline if is_refiner else TextToImagePipeline
+        made: TextToImagePipeline | ImageToImagePipeline = pipeline.from_pipe(pipe, **parts)
+        return made

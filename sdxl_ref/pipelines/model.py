@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.nn import Module
 
-from sdxl_ref.config import SDXL, InputError, ModelConfig, unknown
+from sdxl_ref.config import SDXL, Defaults, InputError, ModelConfig, unknown
 from sdxl_ref.pipelines.calling import CallablePipeline
 from sdxl_ref.weights.checkpoint import PARTS, Checkpoint, prefixes
 from sdxl_ref.weights.opening import open_checkpoint
@@ -29,7 +29,15 @@ class Model(CallablePipeline):
     kinds: tuple[str, ...]  # what it runs, "base" or "refiner"; the first one is what "pocket" is
 
     def __init__(
-        self, config: ModelConfig, unet: Module, vae: Module, text_encoder_2: Module, text_encoder: Module | None = None
+        self,
+        config: ModelConfig,
+        unet: Module,
+        vae: Module,
+        text_encoder_2: Module,
+        text_encoder: Module | None = None,
+        checkpoint: Checkpoint | None = None,
+        defaults: Defaults = SDXL,
+        offload: "Offload | None" = None,
     ) -> None:
         super().__init__()
         self.check(config)
@@ -38,10 +46,10 @@ class Model(CallablePipeline):
         self.vae = vae
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
-        self.checkpoint: Checkpoint | None = None
-        self.defaults = SDXL
-        self.offload: Offload | None = None  # where parts come when they work
-        self.tiles_vae = False
+        self.checkpoint = checkpoint
+        self.defaults = defaults
+        self.offload = offload  # where parts come when they work
+        self.tiles_vae = False  # whether the VAE works by tiles
         self.inversions: Any = None  # words that stand for vectors: see `prompts`
         self.vae_scale_factor = int(2 ** (len(config.vae.ch_mult) - 1))  # how many times smaller a latent's side is
 
@@ -110,11 +118,7 @@ class Model(CallablePipeline):
                 parts[part] = checkpoint.load(part, part_dtype, device)
             else:
                 parts[part] = offload.read(checkpoint, part, part_dtype)
-        pipeline = cls(config, **parts)
-        pipeline.checkpoint = checkpoint
-        pipeline.defaults = checkpoint.defaults
-        pipeline.offload = offload
-        return pipeline
+        return cls(config, **parts, checkpoint=checkpoint, defaults=checkpoint.defaults, offload=offload)
 
     from_single_file = from_pretrained
 

@@ -1,6 +1,7 @@
 """The recipe's UNets: the stages of the base and of the refiner, and the sheets of samples on the way."""
 
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def new_parts(folder: RecipeFolder, kind: str) -> nn.ModuleDict:
 
 def paint_samples(folder: RecipeFolder, parts: nn.ModuleDict, run: Run) -> None:
     """A sheet of pictures by the averaged weights, into the stage's folder, and what the judge finds right in them."""
-    averaged_parts = {}
+    averaged_parts: dict[str, Any] = {}
     for name, part in parts.items():
         averaged_parts[name] = deepcopy(part)
         averaged_parts[name].load_state_dict(part.state_dict() | part_of(run.averaged, name))

@@ -95,10 +95,7 @@ def model_cpu_offload(pipelines: Sequence[Any], device: torch.device | str) -> N
 
     A warning, and nothing else, where there is no CUDA. InputError where a pipeline has such a place already.
     """
-    if any(pipeline.offload is not None for pipeline in pipelines):
-        raise InputError("the parts come when they work already: open the pipeline again for another way")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        warnings.warn(f"there is no {device} device: every part stays where it is", stacklevel=3)
+    if not is_there(pipelines, device):
         return
     offload = Offload(device)
     moved: set[nn.Module] = set()
@@ -109,3 +106,13 @@ def model_cpu_offload(pipelines: Sequence[Any], device: torch.device | str) -> N
             if network is not None and network not in moved:
                 offload.move(part, network)
                 moved.add(network)
+
+
+def is_there(pipelines: Sequence[Any], device: torch.device | str) -> bool:
+    """Whether there is a device to come to; a warning where not. InputError where parts come when they work already."""
+    if any(pipeline.offload is not None for pipeline in pipelines):
+        raise InputError("the parts come when they work already: open the pipeline again for another way")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        warnings.warn(f"there is no {device} device: every part stays where it is", stacklevel=4)
+        return False
+    return True

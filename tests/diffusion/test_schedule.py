@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from diffusers import EulerDiscreteScheduler
 
 from sdxl_ref.config import InputError
 from sdxl_ref.diffusion.schedule import SPACINGS, NoiseSchedule, strength_steps
+from sdxl_ref.diffusion.scheduler_levels import SchedulerLevels
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 SCHEDULE = NoiseSchedule()
@@ -232,6 +234,65 @@ def test_initial_scale(spacing: str, steps: int, scale: float) -> None:
     assert SCHEDULE.initial_scale(SCHEDULE.discretize(steps, spacing), spacing) == pytest.approx(
         scale, abs=5e-3 if spacing == "leading" else 5e-5
     )
+
+
+SCHEDULERS = {  # of the samplers here
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "lms": diffusers.LMSDiscreteScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_the_first_noise_is_diffusers_with_every_sampler(sampler: str, spacing: str) -> None:
+    """`init_noise_sigma` times noise; x / sqrt(1 + sigma^2) is what a scheduler that starts from unit noise steps."""
+    is_unit = sampler in ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+    peer = SCHEDULERS[sampler].from_config(euler(spacing).config, timestep_spacing=spacing)
+    peer.set_timesteps(20)
+    sigmas = SCHEDULE.discretize(20, spacing)
+    expected = float(peer.init_noise_sigma) * (math.sqrt(1 + float(sigmas[0]) ** 2) if is_unit else 1.0)
+    assert SCHEDULE.initial_scale(sigmas, spacing, sampler) == pytest.approx(expected, rel=TABLE)
+    asked_for = SchedulerLevels("EulerDiscreteScheduler", "euler", spacing, 1, "exponential")  # as a folder may
+    levels = asked_for.grid(20).sigmas
+    assert SCHEDULE.initial_scale(levels, asked_for, sampler) == pytest.approx(expected, rel=TABLE)
+
+
+ALL = {(spacing, karras) for spacing in ("leading", "trailing", "linspace") for karras in (False, True)}
+PLAIN = {(spacing, False) for spacing in ("leading", "trailing", "linspace")}
+GRIDS = {  # of each scheduler: all that it has, and those that are Euler's
+    "euler_ancestral": (PLAIN, PLAIN),
+    "heun": (ALL, ALL),
+    "lms": (ALL, ALL),
+    "ddim": (PLAIN, PLAIN - {("linspace", False)}),
+    "ddpm": (PLAIN, PLAIN - {("linspace", False)}),
+    "dpmpp_2m": (ALL, {("trailing", False)}),
+    "dpmpp_2m_sde": (ALL, {("trailing", False)}),
+    "unipc": (ALL, {("trailing", False)}),
+}
+
+
+@pytest.mark.parametrize("sampler", GRIDS)
+def test_which_grids_are_diffusers_with_every_sampler(sampler: str) -> None:
+    """As README says it: those of Euler's relatives all, of DDIM and DDPM two, of the multistep solvers one."""
+    available, expected = GRIDS[sampler]
+    same = set()
+    for spacing, karras in sorted(available):
+        options = {"use_karras_sigmas": True} if karras else {}
+        peer = SCHEDULERS[sampler].from_config(euler(spacing).config, timestep_spacing=spacing, **options)
+        peer.set_timesteps(20)
+        theirs = list(dict.fromkeys(peer.timesteps.tolist()))  # Heun's stand twice
+        ours = SCHEDULE.grid(20, spacing, karras).timesteps
+        assert len(theirs) == len(ours)
+        if max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 2e-3:  # as of Karras' above
+            same.add((spacing, karras))
+    assert same == expected
 
 
 def strength_steps_sgm(steps: int, strength: float) -> int:

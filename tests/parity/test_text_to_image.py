@@ -13,6 +13,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "ddim": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
 }
 SEED = 7
 
@@ -36,6 +37,11 @@ def test_samplers_and_spacings(sampler: str, spacing: str) -> None:
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddim(spacing: str) -> None:
     checks.close(*both("ddim", spacing), checks.PIPELINE, f"ddim {spacing}")
+
+
+def test_dpmpp_2m_from_its_own_first_noise() -> None:
+    """With "trailing", where diffusers' DPMSolverMultistep has Euler's levels and not its first noise."""
+    checks.close(*both("dpmpp_2m", "trailing"), checks.PIPELINE, "dpmpp_2m trailing")
 
 
 @pytest.mark.parametrize("negative_prompt", [None, "", "blurry, grey"])
