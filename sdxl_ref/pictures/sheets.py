@@ -1,6 +1,7 @@
 """Contact sheets: pictures in a grid, each with a line below it, or with labels of the rows and columns."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -9,7 +10,7 @@ GAP = 8  # white pixels between two pictures
 LINE = 14  # pixels a line of text takes
 SMALLEST = 12  # sizes of the labels' font, in pixels
 LARGEST = 36
-MOST_LINES = 4  # of a label above a column
+MOST_LINES = 3  # of a value
 LONGEST = 500  # characters of a label that are looked at
 ELLIPSIS = "…"
 INK = "black"
@@ -57,8 +58,8 @@ class LabelledSheet:
     """Pictures in rows and columns with a label above each column and left of each row, put on one after the other.
 
     `cell` is the (width, height) of the largest picture. A label is some (name, value); texts are wrapped, and cut with
-    an ellipsis where there is no room. `size` is known before anything is drawn. Characters that Pillow's own font does
-    not have are drawn as boxes.
+    an ellipsis where there is no room. `size` is known before anything is drawn. Pillow's own font has ASCII: letters
+    lose their accents, and other characters are drawn as boxes.
     """
 
     def __init__(self, cell: tuple[int, int], across: Sequence[Label], down: Sequence[Label]) -> None:
@@ -67,15 +68,14 @@ class LabelledSheet:
         self.font = ImageFont.load_default(size=max(SMALLEST, min(side // 28, LARGEST)))
         self.line = math.ceil(sum(self.font.getmetrics()) * 1.1) if hasattr(self.font, "getmetrics") else LINE
         self.gap = max(GAP, side // 64)
-        self.across = [self._lines(label, cell[0], MOST_LINES) for label in across]
+        self.across = [self._lines(label, cell[0]) for label in across]
         room = max(cell[0] // 2, 8 * self.line)
-        self.down = [self._lines(label, room, max(1, cell[1] // self.line)) for label in down]
+        self.down = [self._lines(label, room) for label in down]
         widths = [self.font.getlength(text) for lines in self.down for text, _ in lines]
         self.left = math.ceil(max(widths)) + 2 * self.gap if widths else self.gap
         self.top = max(len(lines) for lines in self.across) * self.line + 2 * self.gap
-        width = self.left + len(across) * (cell[0] + self.gap)
-        height = self.top + len(down) * (cell[1] + self.gap)
-        self.size = (width, height)
+        self.pitch = max(cell[1], *(len(lines) * self.line for lines in self.down)) + self.gap  # from row to row
+        self.size = (self.left + len(across) * (cell[0] + self.gap), self.top + len(down) * self.pitch)
         self._image: Image.Image | None = None
 
     @property
@@ -107,15 +107,15 @@ class LabelledSheet:
 
     def _corner(self, row: int, column: int) -> tuple[int, int]:
         """The left and top of a place."""
-        return self.left + column * (self.cell[0] + self.gap), self.top + row * (self.cell[1] + self.gap)
+        return self.left + column * (self.cell[0] + self.gap), self.top + row * self.pitch
 
-    def _lines(self, label: Label, width: int, most: int) -> list[tuple[str, str]]:
+    def _lines(self, label: Label, width: int) -> list[tuple[str, str]]:
         """The lines of a label with their colours: of each pair the name, then the value."""
         lines = []
         for name, value in label:
             lines += [(line, PALE) for line in shortened(name, self.font, width, 1)]
-            lines += [(line, INK) for line in shortened(value, self.font, width, MOST_LINES - 1)]
-        return lines[:most]
+            lines += [(line, INK) for line in shortened(value, self.font, width, MOST_LINES)]
+        return lines
 
     def _write(self, lines: Sequence[tuple[str, str]], left: int, top: int) -> None:
         ink = ImageDraw.Draw(self.image)
@@ -125,7 +125,8 @@ class LabelledSheet:
 
 def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
     """A text in at most so many lines of at most `width` pixels; an ellipsis stands for what has no room."""
-    printable = " ".join(text[:LONGEST].encode(errors="replace").decode().split())
+    letters = unicodedata.normalize("NFKD", text[:LONGEST].encode(errors="replace").decode())
+    printable = " ".join("".join(letter for letter in letters if not unicodedata.combining(letter)).split())
     lines = wrapped(printable, font, width).split("\n")
     if len(lines) > most or len(text) > LONGEST:
         lines = lines[:most]
