@@ -1,8 +1,7 @@
 """The command line: `sdxl-ref COMMAND`, and the frame that `weights-convert` shares.
 
 A command is a module of `sdxl_ref.commands` whose docstring begins with its name and what it does ("`sdxl-ref refine`:
-…"), with `arguments(parser)` and `run(arguments)`; it is found in the folder, and imported when it runs. One
-whose options depend on the words behind it has `arguments_for(parser, words)` instead.
+…"), with `arguments(parser)` and `run(arguments)`; it is found in the folder, and imported when it runs.
 Exit status 0 on success, 2 with one line for bad input, 1 for anything else. A reader of standard output who has gone
 (`| head -1`) stops the work, and that is a 1; what he has not read of work that is done changes no status.
 """
@@ -77,13 +76,9 @@ def add_commands(top: Parser, folder: Path, words: Sequence[str]) -> None:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, summary in summaries(folder).items():
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
-        command.set_defaults(parser=command)
+        command.set_defaults(parser=command, words=words[1:])  # for options that depend on them
         if name in words[:1]:
-            module = module_of(folder.parent.name, name)
-            if hasattr(module, "arguments_for"):
-                module.arguments_for(command, words[1:])
-            else:
-                module.arguments(command)
+            module_of(folder.parent.name, name).arguments(command)
 
 
 def module_of(package: str, command: str) -> Any:

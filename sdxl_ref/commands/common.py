@@ -10,7 +10,7 @@ from dataclasses import fields
 from itertools import count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -32,23 +32,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of pictures th
 VARIANT = "fp16: read files such as model.fp16.safetensors of a folder or a repository"
 SWITCHES = ("switch", "switch_sigma", "switch_step")  # of the ensemble
 SHARED = ("prompt", *GUIDANCE, *SAMPLING)  # what both commands have options for
-
-
-class Loaded(NamedTuple):
-    """A pipeline with its weights, what the settings say of their files, and what packs or compiles it."""
-
-    pipe: Any
-    device: torch.device
-    identities: Sequence[dict[str, Any]]
-    make_faster: Callable[[Any], dict[str, bool]]
-
-
-class Painted(NamedTuple):
-    """What a run has made: pictures, the final latents (b,4,h,w), and the settings."""
-
-    pictures: list[Image.Image]
-    latents: torch.Tensor
-    settings: dict[str, Any]
+Painted = tuple[list[Image.Image], torch.Tensor, dict[str, Any]]  # pictures, final latents (b,4,h,w), settings
 
 
 def add_switch_options(p: argparse.ArgumentParser) -> None:

@@ -42,6 +42,7 @@ generated-2.png where that is there.
 class Job(NamedTuple):
     """A run, or two, that nothing but the weights is missing of. `size`: (width, height) of the pictures."""
 
+    checkpoints: Sequence[Checkpoint]
     first: Request
     second: Request
     plans: list[Any]
@@ -73,21 +74,22 @@ def run(a: argparse.Namespace) -> None:
     outs = common.names_of_several(out, a.num_images)
     common.check_writable(*dict.fromkeys((*outs, out)), a.save_latents, read=sources(a))
     common.check_format(out)
-    files = inputs_of(a)
-    job = planned(a, files)
+    job = planned(a, inputs_of(a))
     for plan in job.plan.split("\n"):
         print(f"plan: {plan}", flush=True)
 
-    loaded = load(a, files, common.pick_device(a.device))
-    adapters = common.put_on(loaded.pipe, a.lora) | loaded.make_faster(loaded.pipe)
-    pictures, latents, settings = paint(a, files, job, loaded)
+    device = common.pick_device(a.device)
+    make_faster = common.faster(a, device)
+    pipe, identities = load(a, job, device)
+    adapters = common.put_on(pipe, a.lora) | make_faster(pipe)
+    pictures, latents, settings = paint(a, job, pipe, identities)
     settings |= adapters
     for seed, path, picture in zip(seeds(a), outs, pictures, strict=True):
         common.save_picture(picture, path, settings | {"seed": seed})
     if a.num_images > 1:
         common.save_picture(contact_sheet(pictures), out, settings | {"images": a.num_images})
-    for file in files:
-        common.say_changes(file)
+    for checkpoint in job.checkpoints:
+        common.say_changes(checkpoint)
     common.save_latents(a.save_latents, latents, 0.0)
     print(f"wrote {', '.join(str(path) for path in dict.fromkeys([*outs, out]))}")
 
@@ -110,14 +112,13 @@ def check(a: argparse.Namespace) -> None:
 
 
 def sources(a: argparse.Namespace) -> list[object]:
-    """All that a run reads."""
+    """All that a run reads; None for what it does not."""
     models = [a.base] if a.refiner in (None, a.base) else [a.base, a.refiner]
-    read = [*models, a.vae, *common.adapter_files(a.lora)]
-    return [source for source in read if source is not None]
+    return [*models, a.vae, *common.adapter_files(a.lora)]
 
 
 def inputs_of(a: argparse.Namespace) -> Sequence[Checkpoint]:
-    """The base, and the refiner where there is one, without their weights."""
+    """What a run reads but its weights: the base, and the refiner where there is one."""
     return opened(a.base, a.refiner, a.variant, a.vae)
 
 
@@ -126,15 +127,15 @@ def seeds(a: argparse.Namespace) -> list[int]:
     return [(a.seed + i) % 2**64 for i in range(a.num_images)]
 
 
-def planned(a: argparse.Namespace, files: Sequence[Checkpoint]) -> Job:
+def planned(a: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> Job:
     """The requests and their plans, without the weights. InputError for what cannot be run."""
     first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds(a)])
-    plans = plans_of(a, files, first, second)
-    resolution = files[0].config.resolution
+    plans = plans_of(a, checkpoints, first, second)
+    resolution = checkpoints[0].config.resolution
     size = (a.width or resolution, a.height or resolution)
     if a.watermark:
         check_watermark(*size)
-    return Job(first, second, plans, size)
+    return Job(checkpoints, first, second, plans, size)
 
 
 def requests(a: argparse.Namespace, generators: list[torch.Generator]) -> tuple[Request, Request]:
@@ -163,43 +164,41 @@ def plans_of(a: argparse.Namespace, files: Sequence[Checkpoint], first: Request,
     return plans
 
 
-def load(a: argparse.Namespace, files: Sequence[Checkpoint], device: torch.device) -> common.Loaded:
-    """Read the weights of the base, and of the refiner where there is one, and say what runs. The base's VAE decodes
-    for both."""
-    make_faster = common.faster(a, device)
+def load(a: argparse.Namespace, job: Job, device: torch.device) -> tuple[Any, Sequence[dict[str, Any]]]:
+    """The pipeline with its weights, and what settings say of their files; says what runs. The base's VAE decodes."""
     options: dict[str, Any] = {"device": device, "prediction": a.prediction} | common.dtypes(a)
     if a.low_memory:
         options["offload"] = Offload(device)
-    identities = common.identities(*files)
-    pipe: Any = TextToImagePipeline.from_pretrained(files[0], **options)
-    if len(files) == 2:
-        refiner = ImageToImagePipeline.from_pretrained(files[1], **options, vae=pipe.vae)
+    identities = common.identities(*job.checkpoints)
+    pipe: Any = TextToImagePipeline.from_pretrained(job.checkpoints[0], **options)
+    if len(job.checkpoints) == 2:
+        refiner = ImageToImagePipeline.from_pretrained(job.checkpoints[1], **options, vae=pipe.vae)
         pipe = EnsemblePipeline(pipe, refiner)
-    for file in files:
-        common.say_what_runs(file, a.dtype, device)
-    return common.Loaded(pipe, device, identities(), make_faster)
+    for checkpoint in job.checkpoints:
+        common.say_what_runs(checkpoint, a.dtype, device)
+    return pipe, identities()
 
 
-def paint(a: argparse.Namespace, files: Sequence[Checkpoint], job: Job, loaded: common.Loaded) -> common.Painted:
-    """Run a job; the settings are all but those of the adapters and of what was made faster."""
-    base = loaded.pipe.models()[0]
-    latents = (base if a.two_stage else loaded.pipe).run(job.first)  # (b,4,h,w)
+def paint(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]]) -> common.Painted:
+    """Run a job: its pictures, the final latents (b,4,h,w), and the settings but those of adapters and packing."""
+    base = pipe.models()[0]
+    latents = (base if a.two_stage else pipe).run(job.first)  # (b,4,h,w)
     if a.two_stage:
-        latents = loaded.pipe.refiner.run(replace(job.second, image=latents))
+        latents = pipe.refiner.run(replace(job.second, image=latents))
     with torch.no_grad():
         pictures = from_tensor(base.decode(latents))
     if a.watermark:
         pictures = [embed(picture) for picture in pictures]
-    return common.Painted(pictures, latents, record(a, files, job, loaded))
+    return pictures, latents, record(a, job, pipe, identities)
 
 
-def record(a: argparse.Namespace, files: Sequence[Checkpoint], job: Job, loaded: common.Loaded) -> dict[str, Any]:
+def record(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Everything that it takes to make the pictures again but their adapters. The seed is the first one's."""
-    base, *others = loaded.pipe.models()
+    base, *others = pipe.models()
     own = ("command", "seed", "dtype", "vae_dtype", "watermark", *SHARED, *BASE_ONLY)
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
     settings |= {"plan": [str(plan) for plan in job.plans]}
-    settings |= loaded.identities[0] | {"prediction": base.config.prediction}
+    settings |= identities[0] | {"prediction": base.config.prediction}
     sides = [f"base {base.unconditional(job.first)}"]
     for refiner in others:
         sides.append(f"refiner {refiner.unconditional(job.second)}")
@@ -207,7 +206,7 @@ def record(a: argparse.Namespace, files: Sequence[Checkpoint], job: Job, loaded:
         settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
         if a.two_stage:
             settings["strength"] = STRENGTH if a.strength is None else a.strength
-        settings |= refiner_settings(loaded.identities[1], None if a.two_stage else job.plans[0].switch)
+        settings |= refiner_settings(identities[1], None if a.two_stage else job.plans[0].switch)
     settings["unconditional"] = "; ".join(sides) if job.first.guided else "none"
-    settings |= common.sampling_settings(job.first.completed(files[0].defaults))
+    settings |= common.sampling_settings(job.first.completed(job.checkpoints[0].defaults))
     return settings | {"size": "{}x{}".format(*job.size)}

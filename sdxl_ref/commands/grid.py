@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +43,13 @@ class Planned(NamedTuple):
     """A cell that only weights are missing of."""
 
     cell: Cell
-    inputs: Any
     job: Any
 
 
-def arguments_for(p: argparse.ArgumentParser, words: Sequence[str]) -> None:
+def arguments(p: argparse.ArgumentParser) -> None:
     """The options of refine where a picture is the first word, else those of generate."""
-    command = refine if words and not words[0].startswith("-") else generate
+    words = p.get_default("words")
+    command: Any = refine if words and not words[0].startswith("-") else generate
     command.arguments(p)
     p.epilog = EXAMPLES
     p.add_argument("--over", nargs="+", required=True, metavar="NAME=V1,V2", help="an option and its values")
@@ -109,10 +110,11 @@ def plan_all(cells: Sequence[Cell], of: Any) -> list[Planned]:
             key = attributes(cell, READ)
             if key not in inputs:
                 inputs[key] = of.inputs_of(a)
-            planned.append(Planned(cell, inputs[key], of.planned(a, inputs[key])))
+            job = of.planned(a, inputs[key])
+            planned.append(Planned(cell, job))
             for path in common.adapter_files(a.lora):
                 if (path, key) not in fitting:
-                    try_on(path, inputs[key].checkpoints if of is refine else inputs[key])
+                    try_on(path, job.checkpoints)
                 fitting.add((path, key))
     return planned
 
@@ -131,7 +133,7 @@ def try_on(path: Path, checkpoints: Sequence[Checkpoint]) -> None:
 
 def sheet_of(axes: Sequence[Axis], planned: Sequence[Planned], out: Path) -> LabelledSheet:
     """The sheet, not yet drawn. InputError where its format, or Pillow, has no room for it."""
-    sizes = [plan.job.size for plan in planned]
+    sizes = [getattr(plan.job, "picture", plan.job).size for plan in planned]  # of the picture that it starts from
     largest = (max(width for width, _ in sizes), max(height for _, height in sizes))
     names = [axis.name for axis in axes]
     across = [[(names[0], value.label)] for value in axes[0].values]
@@ -158,34 +160,36 @@ class Grid:
 
     def paint(self, group: Sequence[Planned], of: Any, device: torch.device) -> None:
         """Paint cells of the same weights: these are read once, and adapters put on and off in between."""
-        loaded = of.load(group[0].cell.arguments, group[0].inputs, device)
-        faster = loaded.make_faster(loaded.pipe)
+        a = group[0].cell.arguments
+        make_faster = common.faster(a, device)
+        pipe, identities = of.load(a, group[0].job, device)
+        faster = make_faster(pipe)
         for same in groups_of(group, lambda plan: tuple(plan.cell.arguments.lora)):
-            loaded.pipe.unload_lora_weights()
+            pipe.unload_lora_weights()
             try:
-                adapters = common.put_on(loaded.pipe, same[0].cell.arguments.lora)
+                adapters = common.put_on(pipe, same[0].cell.arguments.lora)
             except InputError as error:
                 for plan in same:
                     self.fail(plan.cell, str(error))
                 continue
             for plan in same:
-                self.paint_cell(plan, of, loaded, adapters | faster)
-        for checkpoint in group[0].inputs.checkpoints if of is refine else group[0].inputs:
+                self.paint_cell(plan, partial(of.paint, pipe=pipe, identities=identities), adapters | faster)
+        for checkpoint in group[0].job.checkpoints:
             common.say_changes(checkpoint)
 
-    def paint_cell(self, plan: Planned, of: Any, loaded: common.Loaded, made: dict[str, Any]) -> None:
+    def paint_cell(self, plan: Planned, paint: Callable[..., Any], made: dict[str, Any]) -> None:
         """Paint one, or say why that is not possible."""
         cell = plan.cell
         number = len(self.settings) + len(self.failures) + 1
         steps = str(plan.job.plan).replace("\n", "; ")
         print(f"{number} of {len(self.cells)}: {cell}: {steps}", flush=True)
         try:
-            painted = of.paint(cell.arguments, plan.inputs, plan.job, loaded)
+            [picture], _, settings = paint(cell.arguments, plan.job)
         except InputError as error:
             self.fail(cell, str(error))
             return
-        self.sheet.put(cell.row, cell.column, painted.pictures[0])
-        self.settings[cell.place] = json.loads(texts(painted.settings | made)["sdxl_ref"])
+        self.sheet.put(cell.row, cell.column, picture)
+        self.settings[cell.place] = json.loads(texts(settings | made)["sdxl_ref"])
 
     def fail(self, cell: Cell, reason: str) -> None:
         print(f"failed: {cell}: {reason}", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,23 +33,19 @@ EXAMPLES = """examples:
 """
 
 
-class Inputs(NamedTuple):
-    """What a run reads but its weights. The picture is the photo after the size rule, and the mask has its size."""
+class Job(NamedTuple):
+    """What a run reads but its weights, and, where it is planned, all that it takes besides them.
+
+    The picture is the photo by the size rule, and the mask has its size.
+    """
 
     photo: Image.Image
-    photo_sha256: str | None
     picture: Image.Image
     mask: Image.Image | None
     checkpoints: Sequence[Checkpoint]
-
-
-class Job(NamedTuple):
-    """A run that nothing but the weights is missing of. `size`: (width, height) of its picture."""
-
-    request: Any
-    plan: Any
-    settings: dict[str, Any]
-    size: tuple[int, int]
+    request: Any = None
+    plan: Any = None
+    settings: Mapping[str, Any] = {}
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -72,15 +68,15 @@ def run(a: argparse.Namespace) -> None:
     common.check_writable(out, a.save_latents, read=sources(a))
     common.check_format(out)
     device = common.pick_device(a.device)
-    inputs = inputs_of(a)
-    job = planned(a, inputs)
-    loaded = load(a, inputs, device)
-    adapters = common.put_on(loaded.pipe, a.lora) | loaded.make_faster(loaded.pipe)
-    print(f"picture: {inputs.photo.width}x{inputs.photo.height}, used at {'{}x{}'.format(*job.size)}")
+    job = planned(a, inputs_of(a))
+    make_faster = common.faster(a, device)
+    pipe, identities = load(a, job, device)
+    adapters = common.put_on(pipe, a.lora) | make_faster(pipe)
+    print(f"picture: {job.photo.width}x{job.photo.height}, used at {job.settings['size']}")
     print(f"plan: {job.plan}", flush=True)
-    [refined], latents, settings = paint(a, inputs, job, loaded)
+    [refined], latents, settings = paint(a, job, pipe, identities)
     common.save_picture(refined, out, settings | adapters)
-    for checkpoint in inputs.checkpoints:
+    for checkpoint in job.checkpoints:
         common.say_changes(checkpoint)
     common.save_latents(a.save_latents, latents, float(job.plan.grid.sigmas[-1]))
     print(f"wrote {out}")
@@ -90,28 +86,24 @@ def check(a: argparse.Namespace) -> None:
     """InputError unless the options name one model, or a base and a refiner."""
     if (a.checkpoint is None) == (a.base is None and a.refiner is None) or (a.base is None) != (a.refiner is None):
         raise InputError("name the model by --checkpoint, or both of an ensemble by --base and --refiner")
-    for name in common.SWITCHES:
-        if a.refiner is None and getattr(a, name) is not None:
-            raise InputError(
-                f"--{name.replace('_', '-')} is the ensemble's: give --base and --refiner, or leave it out"
-            )
+    switches = [f"--{name.replace('_', '-')}" for name in common.SWITCHES if getattr(a, name) is not None]
+    if a.refiner is None and switches:
+        raise InputError(f"{switches[0]} is the ensemble's: give --base and --refiner, or leave it out")
 
 
 def sources(a: argparse.Namespace) -> list[object]:
-    """All that a run reads."""
-    read = [a.image, a.mask, a.checkpoint, a.base, a.refiner, a.vae, *common.adapter_files(a.lora)]
-    return [source for source in read if source is not None]
+    """All that a run reads; None for what it does not."""
+    return [a.image, a.mask, a.checkpoint, a.base, a.refiner, a.vae, *common.adapter_files(a.lora)]
 
 
-def inputs_of(a: argparse.Namespace) -> Inputs:
-    """Read the pictures and open the models. InputError for what cannot be used, before any weight is read."""
+def inputs_of(a: argparse.Namespace) -> Job:
+    """A job that is not planned yet. InputError for pictures and models that cannot be used."""
     photo = load_image(a.image)
-    photo_sha256 = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
     picture = fit(photo, MAX_PIXELS)
     mask = None if a.mask is None else common.masking().fitted(a.mask, photo, MAX_PIXELS)
     if a.watermark:
         common.watermarks().check(*picture.size)
-    return Inputs(photo, photo_sha256, picture, mask, opened(a))
+    return Job(photo, picture, mask, opened(a))
 
 
 def opened(a: argparse.Namespace) -> Sequence[Checkpoint]:
@@ -126,64 +118,48 @@ def pipeline_of(a: argparse.Namespace) -> Any:
     return ImageToImagePipeline if a.checkpoint is not None else common.experts().EnsemblePipeline
 
 
-def planned(a: argparse.Namespace, inputs: Inputs) -> Job:
-    """The request and its plan, without the weights. InputError for what cannot be run."""
-    request, settings = request_of(a, inputs)
-    defaults = [checkpoint.defaults for checkpoint in inputs.checkpoints]
-    plan = pipeline_of(a).plan_for(request, *defaults)
-    settings |= common.sampling_settings(request.completed(defaults[0]))
-    return Job(request, plan, settings, inputs.picture.size)
+def planned(a: argparse.Namespace, job: Job) -> Job:
+    """With its request, plan and settings. InputError for what the model has no use for, or what cannot be run."""
+    names = (*SHARED, *OWN, *SCORES, *BASE_ONLY, *(common.SWITCHES if a.refiner is not None else ()))
+    settings = {name: getattr(a, name) for name in names} | {"num_inference_steps": a.steps}
+    if job.checkpoints[-1].config.kind == "refiner":
+        settings |= {name: score for name, score in SCORES.items() if settings[name] is None}
+    generator = [torch.Generator().manual_seed(a.seed)]
+    request = pipeline_of(a).request_type(image=job.picture, mask_image=job.mask, generator=generator, **settings)
+    if a.checkpoint is not None:
+        refuse_unusable(job.checkpoints[0].config.kind, request)
+    plan = pipeline_of(a).plan_for(request, *(checkpoint.defaults for checkpoint in job.checkpoints))
+    if job.mask is not None:
+        settings |= {"mask": Path(a.mask).name, "mask_sha256": sha256_of(Path(a.mask)), "mask_changes": "both sides"}
+    photo_sha256 = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
+    settings |= common.sampling_settings(request.completed(job.checkpoints[0].defaults))
+    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "vae_dtype", "watermark")}
+    settings |= {"image": Path(a.image).name, "image_sha256": photo_sha256, "size": "{}x{}".format(*job.picture.size)}
+    settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps}
+    return job._replace(request=request, plan=plan, settings=settings)
 
 
-def load(a: argparse.Namespace, inputs: Inputs, device: torch.device) -> common.Loaded:
-    """Read the weights, and say what runs."""
-    make_faster = common.faster(a, device)
-    identities = common.identities(*inputs.checkpoints)  # later the file may have left the system's cache
-    options = common.dtypes(a) | {"device": device, "prediction": a.prediction}
-    pipe = pipeline_of(a).from_pretrained(*inputs.checkpoints, **options)
-    loaded = common.Loaded(pipe, device, identities(), make_faster)
-    for checkpoint in inputs.checkpoints:
+def load(a: argparse.Namespace, job: Job, device: torch.device) -> tuple[Any, Sequence[dict[str, Any]]]:
+    """The pipeline with its weights, and what settings say of their files; says what runs."""
+    identities = common.identities(*job.checkpoints)  # later the file may have left the system's cache
+    pipe = pipeline_of(a).from_pretrained(*job.checkpoints, **common.dtypes(a), device=device, prediction=a.prediction)
+    for checkpoint in job.checkpoints:
         common.say_what_runs(checkpoint, a.dtype, device)
-    return loaded
+    return pipe, identities()
 
 
-def paint(a: argparse.Namespace, inputs: Inputs, job: Job, loaded: common.Loaded) -> common.Painted:
-    """Run a job; the settings are all but those of the adapters and of what was made faster."""
-    pipe = loaded.pipe
+def paint(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]]) -> common.Painted:
+    """Run a job: its picture, the final latents (1,4,h,w), and the settings but those of adapters and packing."""
     latents = pipe.run(replace(job.request, output_type="latent"))  # (1,4,h,w)
     with torch.no_grad():
         images = pipe.decode(latents)
-    if inputs.mask is not None:
-        images = common.masking().paste(images, to_tensor(inputs.picture), common.masking().read(inputs.mask))
+    if job.mask is not None:
+        images = common.masking().paste(images, to_tensor(job.picture), common.masking().read(job.mask))
     pictures = from_tensor(images)
     if a.watermark:
         pictures = [common.watermarks().embed(picture) for picture in pictures]
-    settings = job.settings | made_by(loaded.identities, job.plan) | {"device": str(loaded.device)}
-    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "vae_dtype", "watermark")}
-    settings |= {"image": Path(a.image).name, "image_sha256": inputs.photo_sha256, "size": "{}x{}".format(*job.size)}
-    settings |= {"sigmas": job.plan.grid.sigmas.tolist(), "timesteps": job.plan.grid.timesteps}
-    settings |= {"prediction": pipe.config.prediction, "unconditional": "none"}
-    settings |= {"unconditional": pipe.unconditional(job.request)} if job.request.guided else {}
-    return common.Painted(pictures, latents, settings)
-
-
-def request_of(a: argparse.Namespace, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
-    """The request, and what the picture's settings say of it. InputError for what the model has no use for."""
-    names = (*SHARED, *OWN, *SCORES, *BASE_ONLY, *(common.SWITCHES if a.refiner is not None else ()))
-    settings = {name: getattr(a, name) for name in names} | {"num_inference_steps": a.steps}
-    if inputs.checkpoints[-1].config.kind == "refiner":
-        settings |= {name: score for name, score in SCORES.items() if settings[name] is None}
-    generator = [torch.Generator().manual_seed(a.seed)]
-    pictures = {"image": inputs.picture, "mask_image": inputs.mask}
-    request = pipeline_of(a).request_type(**pictures, generator=generator, **settings)
-    if a.checkpoint is not None:
-        refuse_unusable(inputs.checkpoints[0].config.kind, request)
-    if inputs.mask is not None:
-        settings |= {"mask": Path(a.mask).name, "mask_sha256": sha256_of(Path(a.mask)), "mask_changes": "both sides"}
-    return request, settings
-
-
-def made_by(identities: Sequence[dict[str, Any]], plan: Any) -> dict[str, Any]:
-    """What the picture's settings say of the files."""
-    first, *others = identities
-    return first if not others else first | common.experts().refiner_settings(others[0], plan.switch)
+    negative = pipe.unconditional(job.request) if job.request.guided else "none"
+    made = identities[0] | {"device": str(pipe.device), "prediction": pipe.config.prediction, "unconditional": negative}
+    if a.refiner is not None:
+        made |= common.experts().refiner_settings(identities[1], job.plan.switch)
+    return pictures, latents, {**job.settings, **made}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sdxl_ref.cli import main
 from sdxl_ref.commands import axes
 from sdxl_ref.config import InputError
-from sdxl_ref.pictures.sheets import GAP
+from sdxl_ref.pictures.sheets import GAP, LabelledSheet
 from sdxl_ref.pipelines import ImageToImagePipeline
 from sdxl_ref.weights.checkpoint import Checkpoint
 
@@ -55,9 +55,10 @@ def cell(path: Path, row: int, column: int) -> np.ndarray:
     made = settings(path)
     columns = 1 + max(one["column"] for one in made["cells"])
     rows = 1 + max(one["row"] for one in made["cells"])
-    pitch = SIDE + GAP
+    labels = [[(name, "") for name in [*made["over"]][1:]]]
+    pitch = LabelledSheet((SIDE, SIDE), [[]], labels).pitch
     top = sheet.shape[0] - (rows - row) * pitch
-    left = sheet.shape[1] - (columns - column) * pitch
+    left = sheet.shape[1] - (columns - column) * (SIDE + GAP)
     return sheet[top : top + SIDE, left : left + SIDE]
 
 
