@@ -76,7 +76,7 @@ def add_commands(top: Parser, folder: Path, words: Sequence[str]) -> None:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, summary in summaries(folder).items():
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
-        command.set_defaults(parser=command)
+        command.set_defaults(parser=command, words=words[1:])  # for options that depend on them
         if name in words[:1]:
             module_of(folder.parent.name, name).arguments(command)
 

@@ -34,6 +34,7 @@ VARIANT = "fp16: read files such as model.fp16.safetensors of a folder or a repo
 SWITCHES = ("switch", "switch_sigma", "switch_step")  # of the ensemble
 TEXT = ("prompt_syntax", "clip_skip")
 SHARED = ("prompt", *TEXT, "tile", *GUIDANCE, *SAMPLING)  # what both commands have options for
+Painted = tuple[list[Image.Image], torch.Tensor, dict[str, Any]]  # pictures, final latents (b,4,h,w), settings
 
 
 def add_switch_options(p: argparse.ArgumentParser) -> None:

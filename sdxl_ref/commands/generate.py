@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,24 @@ generated-2.png where that is there.
 """
 
 
+class Job(NamedTuple):
+    """A run, or two, that nothing but the weights is missing of. `size`: (width, height) of the pictures."""
+
+    checkpoints: Sequence[Checkpoint]
+    first: Request
+    second: Request
+    plans: list[Any]
+    size: tuple[int, int]
+    tiles_vae: bool
+
+    @property
+    def plan(self) -> str:
+        """A line for each run."""
+        if len(self.plans) == 1:
+            return str(self.plans[0])
+        return "\n".join(f"{name} {plan}" for name, plan in zip(("base", "refiner"), self.plans, strict=True))
+
+
 def arguments(p: argparse.ArgumentParser) -> None:
     p.epilog = EXAMPLES
     p.add_argument("--base", required=True, metavar="MODEL", help="file, folder, repository of the hub, or pocket")
@@ -57,48 +75,24 @@ def run(a: argparse.Namespace) -> None:
     check(a)
     out = a.out or common.free_name(Path("generated.png"), a.num_images)
     outs = common.names_of_several(out, a.num_images)
-    models = [a.base] if a.refiner in (None, a.base) else [a.base, a.refiner]
-    common.check_writable(
-        *dict.fromkeys((*outs, out)), a.save_latents, read=[*models, a.vae, *a.embedding, *common.adapter_files(a.lora)]
-    )
+    common.check_writable(*dict.fromkeys((*outs, out)), a.save_latents, read=sources(a))
     common.check_format(out)
-    seeds = [(a.seed + i) % 2**64 for i in range(a.num_images)]
-    first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds])
-    files = opened(a.base, a.refiner, a.variant, a.vae)
-    check_size(first)
-    plans = say_plans(a, files, first, second)
-
     device = common.pick_device(a.device)
-    resolution = files[0].config.resolution
-    size = (a.height or resolution, a.width or resolution)
-    first, tiles_vae = fitted(a, files, first, size, device)
-    second = replace(second, tile=first.tile)
-    make_faster = common.faster(a, device)
-    base, refiner, identities = pipelines(a, files, device)
-    pipe = EnsemblePipeline(base, refiner) if refiner is not None else base
-    for model in pipe.models():
-        model.tiles_vae = tiles_vae
-    adapters = common.load_embeddings(pipe, a.embedding) | common.put_on(pipe, a.lora)
-    made = make_faster(pipe) | {"tile": first.tile, "tiles_vae": tiles_vae}
-    if a.watermark:
-        check_watermark(size[1], size[0])
-    latents = (base if a.two_stage else pipe).run(first)  # (b,4,h,w)
-    if a.two_stage:
-        assert refiner is not None
-        latents = refiner.run(replace(second, image=latents))
-    with torch.no_grad():
-        pictures = from_tensor(base.decode(latents))
-    if a.watermark:
-        pictures = [embed(picture) for picture in pictures]
+    job = planned(a, inputs_of(a), device)
+    for plan in job.plan.split("\n"):
+        print(f"plan: {plan}", flush=True)
 
-    settings = record(a, base, refiner, plans, identities, first, second) | adapters | made
-    settings |= common.sampling_settings(first.completed(base.defaults)) | {"size": "{}x{}".format(*pictures[0].size)}
-    for seed, path, picture in zip(seeds, outs, pictures, strict=True):
+    make_faster = common.faster(a, device)
+    pipe, identities = load(a, job, device)
+    adapters = common.load_embeddings(pipe, a.embedding) | common.put_on(pipe, a.lora) | make_faster(pipe)
+    pictures, latents, settings = paint(a, job, pipe, identities)
+    settings |= adapters
+    for seed, path, picture in zip(seeds(a), outs, pictures, strict=True):
         common.save_picture(picture, path, settings | {"seed": seed})
     if a.num_images > 1:
-        common.save_picture(contact_sheet(pictures), out, settings | {"seed": a.seed, "images": a.num_images})
-    for model in pipe.models():
-        common.say_changes(model.checkpoint)
+        common.save_picture(contact_sheet(pictures), out, settings | {"images": a.num_images})
+    for checkpoint in job.checkpoints:
+        common.say_changes(checkpoint)
     common.save_latents(a.save_latents, latents, 0.0)
     print(f"wrote {', '.join(str(path) for path in dict.fromkeys([*outs, out]))}")
 
@@ -120,6 +114,35 @@ def check(a: argparse.Namespace) -> None:
         raise InputError(f"--num-images must be from 1 to 1000, found {a.num_images}")
 
 
+def sources(a: argparse.Namespace) -> list[object]:
+    """All that a run reads; None for what it does not."""
+    models = [a.base] if a.refiner in (None, a.base) else [a.base, a.refiner]
+    return [*models, a.vae, *a.embedding, *common.adapter_files(a.lora)]
+
+
+def inputs_of(a: argparse.Namespace) -> Sequence[Checkpoint]:
+    """What a run reads but its weights: the base, and the refiner where there is one."""
+    return opened(a.base, a.refiner, a.variant, a.vae)
+
+
+def seeds(a: argparse.Namespace) -> list[int]:
+    """One for each picture, counted up."""
+    return [(a.seed + i) % 2**64 for i in range(a.num_images)]
+
+
+def planned(a: argparse.Namespace, checkpoints: Sequence[Checkpoint], device: torch.device) -> Job:
+    """The requests and their plans, without the weights. InputError for what cannot be run."""
+    first, second = requests(a, [torch.Generator().manual_seed(seed) for seed in seeds(a)])
+    check_size(first)
+    plans = plans_of(a, checkpoints, first, second)
+    resolution = checkpoints[0].config.resolution
+    size = (a.width or resolution, a.height or resolution)
+    if a.watermark:
+        check_watermark(*size)
+    first, tiles_vae = fitted(a, checkpoints, first, size[::-1], device)
+    return Job(checkpoints, first, replace(second, tile=first.tile), plans, size, tiles_vae)
+
+
 def requests(a: argparse.Namespace, generators: list[torch.Generator]) -> tuple[Request, Request]:
     """Of the first run, base or ensemble, and of the second stage, whose picture is the first one's. Both end in
     latents."""
@@ -135,59 +158,62 @@ def requests(a: argparse.Namespace, generators: list[torch.Generator]) -> tuple[
     return EnsembleRequest(**first, **scores, **switches), Request(**second)
 
 
-def say_plans(a: argparse.Namespace, files: Sequence[Checkpoint], first: Request, second: Request) -> list[Any]:
-    """The plans of the runs, printed before the weights are read."""
+def plans_of(a: argparse.Namespace, files: Sequence[Checkpoint], first: Request, second: Request) -> list[Any]:
+    """The plans of the runs, one or two."""
     defaults = [file.defaults for file in files]
     if isinstance(first, EnsembleRequest):
-        plans: list[Any] = [EnsemblePipeline.plan_for(first, *defaults)]
-    else:
-        plans = [TextToImagePipeline.plan_for(first, defaults[0])]
+        return [EnsemblePipeline.plan_for(first, *defaults)]
+    plans: list[Any] = [TextToImagePipeline.plan_for(first, defaults[0])]
     if a.two_stage:
         plans.append(ImageToImagePipeline.plan_for(second, defaults[1]))
-    for name, plan in zip(("base ", "refiner ") if a.two_stage else ("",), plans, strict=True):
-        print(f"plan: {name}{plan}", flush=True)
     return plans
 
 
-def pipelines(
-    a: argparse.Namespace, files: Sequence[Checkpoint], device: torch.device
-) -> tuple[TextToImagePipeline, ImageToImagePipeline | None, Sequence[dict[str, Any]]]:
-    """Open the base, and the refiner where there is one; it decodes by the base's VAE. And what the settings say of
-    their files."""
+def load(a: argparse.Namespace, job: Job, device: torch.device) -> tuple[Any, Sequence[dict[str, Any]]]:
+    """The pipeline with its weights, and what settings say of their files; says what runs. The base's VAE decodes."""
     options: dict[str, Any] = {"device": device, "prediction": a.prediction} | common.dtypes(a)
     if a.low_memory:
         options["offload"] = Offload(device)
-    identities = common.identities(*files)
-    base = TextToImagePipeline.from_pretrained(files[0], **options)
-    refiner = None
-    if len(files) == 2:
-        refiner = ImageToImagePipeline.from_pretrained(files[1], **options, vae=base.vae)
-    for file in files:
-        common.say_what_runs(file, a.dtype, device)
-    return base, refiner, identities()
+    identities = common.identities(*job.checkpoints)
+    pipe: Any = TextToImagePipeline.from_pretrained(job.checkpoints[0], **options)
+    if len(job.checkpoints) == 2:
+        refiner = ImageToImagePipeline.from_pretrained(job.checkpoints[1], **options, vae=pipe.vae)
+        pipe = EnsemblePipeline(pipe, refiner)
+    for checkpoint in job.checkpoints:
+        common.say_what_runs(checkpoint, a.dtype, device)
+    return pipe, identities()
 
 
-def record(
-    a: argparse.Namespace,
-    base: TextToImagePipeline,
-    refiner: ImageToImagePipeline | None,
-    plans: list[Any],
-    identities: Sequence[dict[str, Any]],
-    first: Request,
-    second: Request,
-) -> dict[str, Any]:
-    """Everything that it takes to make the pictures again but their size, seed and adapters."""
-    own = ("command", "dtype", "vae_dtype", "watermark", *SHARED, *BASE_ONLY)
+def paint(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]]) -> common.Painted:
+    """Run a job: its pictures, the final latents (b,4,h,w), and the settings but those of adapters and packing."""
+    base = pipe.models()[0]
+    for model in pipe.models():
+        model.tiles_vae = job.tiles_vae
+    latents = (base if a.two_stage else pipe).run(job.first)  # (b,4,h,w)
+    if a.two_stage:
+        latents = pipe.refiner.run(replace(job.second, image=latents))
+    with torch.no_grad():
+        pictures = from_tensor(base.decode(latents))
+    if a.watermark:
+        pictures = [embed(picture) for picture in pictures]
+    return pictures, latents, record(a, job, pipe, identities)
+
+
+def record(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that it takes to make the pictures again but their adapters. The seed is the first one's."""
+    base, *others = pipe.models()
+    own = ("command", "seed", "dtype", "vae_dtype", "watermark", *SHARED, *BASE_ONLY)
     settings = {name: getattr(a, name) for name in own} | {"num_inference_steps": a.steps, "device": str(base.device)}
-    settings |= {"plan": [str(plan) for plan in plans], "sigmas": [plan.grid.sigmas.tolist() for plan in plans]}
+    settings |= {"plan": [str(plan) for plan in job.plans], "tile": job.first.tile, "tiles_vae": job.tiles_vae}
     settings |= identities[0] | {"prediction": base.config.prediction}
-    sides = [f"base {base.unconditional(first)}"]
-    if refiner is not None:
-        sides.append(f"refiner {refiner.unconditional(second)}")
+    sides = [f"base {base.unconditional(job.first)}"]
+    for refiner in others:
+        sides.append(f"refiner {refiner.unconditional(job.second)}")
         settings["refiner_prediction"] = refiner.config.prediction
         settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
         if a.two_stage:
             settings["strength"] = STRENGTH if a.strength is None else a.strength
-        settings |= refiner_settings(identities[1], None if a.two_stage else plans[0].switch)
-    settings["unconditional"] = "; ".join(sides) if first.guided else "none"
-    return settings
+        settings |= refiner_settings(identities[1], None if a.two_stage else job.plans[0].switch)
+    settings["unconditional"] = "; ".join(sides) if job.first.guided else "none"
+    settings |= common.sampling_settings(job.first.completed(job.checkpoints[0].defaults))
+    return settings | {"size": "{}x{}".format(*job.size)}

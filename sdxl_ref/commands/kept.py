@@ -19,9 +19,10 @@ Inode = tuple[int, int]
 def prepare(targets: Sequence[Path], read: Sequence[object]) -> None:
     """InputError where a target is a file that is read; else what killed processes left beside them is deleted.
 
-    `read` are paths, names of models, and addresses. Of a folder every file below it counts as read, through links too.
+    `read` are paths, names of models, and addresses, or None. Of a folder every file below it counts as read, through
+    links too.
     """
-    for source in read:
+    for source in (source for source in read if source is not None):
         check_apart(targets, source)
     for folder in {Path(os.path.realpath(target)).parent for target in targets}:
         clear(folder)

@@ -2,10 +2,10 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -34,6 +34,21 @@ EXAMPLES = """examples:
 """
 
 
+class Job(NamedTuple):
+    """What a run reads but its weights, and, where it is planned, all that it takes besides them.
+
+    The picture is the photo by the size rule, and the mask has its size.
+    """
+
+    photo: Image.Image
+    picture: Image.Image
+    mask: Image.Image | None
+    checkpoints: Sequence[Checkpoint]
+    request: Any = None
+    plan: Any = None
+    settings: Mapping[str, Any] = {}
+
+
 def arguments(p: argparse.ArgumentParser) -> None:
     size = "shrunk to --max-pixels, 1024x1024, of area, then cropped around the centre to multiples of 8"
     p.epilog = EXAMPLES
@@ -52,53 +67,20 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     out = a.out or common.free_name(Path(f"{Path(a.image).stem}-refined.png"))
     check(a)
-    read = [a.image, a.mask, a.checkpoint, a.base, a.refiner, a.vae, *a.embedding, *common.adapter_files(a.lora)]
-    common.check_writable(out, a.save_latents, read=[source for source in read if source is not None])
+    common.check_writable(out, a.save_latents, read=sources(a))
     common.check_format(out)
     device = common.pick_device(a.device)
-    photo = load_image(a.image)
-    photo_sha256 = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
-    picture = fit(photo, a.max_pixels)
-    mask = None if a.mask is None else common.masking().fitted(a.mask, photo, a.max_pixels)
-    if a.watermark:
-        common.watermarks().check(*picture.size)
-
-    checkpoints = opened(a)
-    request, settings = request_of(a, checkpoints, picture, mask)
-    pipeline = pipeline_of(a)
-    plan = pipeline.plan_for(request, *(checkpoint.defaults for checkpoint in checkpoints))  # before weights are read
-    settings |= common.sampling_settings(request.completed(checkpoints[0].defaults))
-    request, tiles_vae = fitted(a, checkpoints, request, (picture.height, picture.width), device)
+    job = planned(a, inputs_of(a), device)
     make_faster = common.faster(a, device)
-    identities = common.identities(*checkpoints)  # later the file may have left the system's cache
-    pipe = pipeline.from_pretrained(*checkpoints, **common.dtypes(a), device=device, prediction=a.prediction)
-    settings |= made_by(identities(), plan)
-    for checkpoint in checkpoints:
-        common.say_what_runs(checkpoint, a.dtype, device)
-    for model in pipe.models():
-        model.tiles_vae = tiles_vae
-    settings |= {"tile": request.tile, "tiles_vae": tiles_vae} | common.load_embeddings(pipe, a.embedding)
-    settings |= common.put_on(pipe, a.lora) | {"device": str(device)} | make_faster(pipe)
-    print(f"picture: {photo.width}x{photo.height}, used at {picture.width}x{picture.height}")
-    print(f"plan: {plan}", flush=True)
-    latents = pipe.run(replace(request, output_type="latent"))  # (1,4,h,w)
-    with torch.no_grad():
-        images = pipe.decode(latents)
-    if mask is not None:
-        images = common.masking().paste(images, to_tensor(picture), common.masking().read(mask))
-    [refined] = from_tensor(images)
-    if a.watermark:
-        refined = common.watermarks().embed(refined)
-
-    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "vae_dtype", "watermark")}
-    settings |= {"image": Path(a.image).name, "image_sha256": photo_sha256, "size": f"{picture.width}x{picture.height}"}
-    settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps}
-    settings |= {"prediction": pipe.config.prediction, "unconditional": "none"}
-    settings |= {"unconditional": pipe.unconditional(request)} if request.guided else {}
-    common.save_picture(refined, out, settings)
-    for checkpoint in checkpoints:
+    pipe, identities = load(a, job, device)
+    adapters = common.load_embeddings(pipe, a.embedding) | common.put_on(pipe, a.lora) | make_faster(pipe)
+    print(f"picture: {job.photo.width}x{job.photo.height}, used at {job.settings['size']}")
+    print(f"plan: {job.plan}", flush=True)
+    [refined], latents, settings = paint(a, job, pipe, identities)
+    common.save_picture(refined, out, settings | adapters)
+    for checkpoint in job.checkpoints:
         common.say_changes(checkpoint)
-    common.save_latents(a.save_latents, latents, float(plan.grid.sigmas[-1]))
+    common.save_latents(a.save_latents, latents, float(job.plan.grid.sigmas[-1]))
     print(f"wrote {out}")
 
 
@@ -108,11 +90,24 @@ def check(a: argparse.Namespace) -> None:
         raise InputError("name the model by --checkpoint, or both of an ensemble by --base and --refiner")
     if a.max_pixels < MULTIPLE**2:
         raise InputError(f"--max-pixels must be at least {MULTIPLE**2}, found {a.max_pixels}")
-    for name in common.SWITCHES:
-        if a.refiner is None and getattr(a, name) is not None:
-            raise InputError(
-                f"--{name.replace('_', '-')} is the ensemble's: give --base and --refiner, or leave it out"
-            )
+    switches = [f"--{name.replace('_', '-')}" for name in common.SWITCHES if getattr(a, name) is not None]
+    if a.refiner is None and switches:
+        raise InputError(f"{switches[0]} is the ensemble's: give --base and --refiner, or leave it out")
+
+
+def sources(a: argparse.Namespace) -> list[object]:
+    """All that a run reads; None for what it does not."""
+    return [a.image, a.mask, a.checkpoint, a.base, a.refiner, a.vae, *a.embedding, *common.adapter_files(a.lora)]
+
+
+def inputs_of(a: argparse.Namespace) -> Job:
+    """A job that is not planned yet. InputError for pictures and models that cannot be used."""
+    photo = load_image(a.image)
+    picture = fit(photo, a.max_pixels)
+    mask = None if a.mask is None else common.masking().fitted(a.mask, photo, a.max_pixels)
+    if a.watermark:
+        common.watermarks().check(*picture.size)
+    return Job(photo, picture, mask, opened(a))
 
 
 def opened(a: argparse.Namespace) -> Sequence[Checkpoint]:
@@ -127,24 +122,52 @@ def pipeline_of(a: argparse.Namespace) -> Any:
     return ImageToImagePipeline if a.checkpoint is not None else common.experts().EnsemblePipeline
 
 
-def request_of(
-    a: argparse.Namespace, checkpoints: Sequence[Checkpoint], picture: Image.Image, mask: Image.Image | None
-) -> tuple[Any, dict[str, Any]]:
-    """The request, and what the picture's settings say of it. InputError for what the model has no use for."""
+def planned(a: argparse.Namespace, job: Job, device: torch.device) -> Job:
+    """With its request, plan and settings. InputError for what the model has no use for, or what cannot be run."""
     names = (*SHARED, *OWN, *SCORES, *BASE_ONLY, *(common.SWITCHES if a.refiner is not None else ()))
     settings = {name: getattr(a, name) for name in names} | {"num_inference_steps": a.steps}
-    if checkpoints[-1].config.kind == "refiner":
+    if job.checkpoints[-1].config.kind == "refiner":
         settings |= {name: score for name, score in SCORES.items() if settings[name] is None}
     generator = [torch.Generator().manual_seed(a.seed)]
-    request = pipeline_of(a).request_type(image=picture, mask_image=mask, generator=generator, **settings)
+    request = pipeline_of(a).request_type(image=job.picture, mask_image=job.mask, generator=generator, **settings)
     if a.checkpoint is not None:
-        refuse_unusable(checkpoints[0].config.kind, request)
-    if mask is not None:
+        refuse_unusable(job.checkpoints[0].config.kind, request)
+    plan = pipeline_of(a).plan_for(request, *(checkpoint.defaults for checkpoint in job.checkpoints))
+    if job.mask is not None:
         settings |= {"mask": Path(a.mask).name, "mask_sha256": sha256_of(Path(a.mask)), "mask_changes": "both sides"}
-    return request, settings
+    photo_sha256 = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
+    settings |= common.sampling_settings(request.completed(job.checkpoints[0].defaults))
+    settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "vae_dtype", "watermark")}
+    settings |= {"image": Path(a.image).name, "image_sha256": photo_sha256, "size": "{}x{}".format(*job.picture.size)}
+    settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps}
+    request, tiles_vae = fitted(a, job.checkpoints, request, job.picture.size[::-1], device)
+    settings |= {"tile": request.tile, "tiles_vae": tiles_vae}
+    return job._replace(request=request, plan=plan, settings=settings)
 
 
-def made_by(identities: Sequence[dict[str, Any]], plan: Any) -> dict[str, Any]:
-    """What the picture's settings say of the files."""
-    first, *others = identities
-    return first if not others else first | common.experts().refiner_settings(others[0], plan.switch)
+def load(a: argparse.Namespace, job: Job, device: torch.device) -> tuple[Any, Sequence[dict[str, Any]]]:
+    """The pipeline with its weights, and what settings say of their files; says what runs."""
+    identities = common.identities(*job.checkpoints)  # later the file may have left the system's cache
+    pipe = pipeline_of(a).from_pretrained(*job.checkpoints, **common.dtypes(a), device=device, prediction=a.prediction)
+    for checkpoint in job.checkpoints:
+        common.say_what_runs(checkpoint, a.dtype, device)
+    return pipe, identities()
+
+
+def paint(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]]) -> common.Painted:
+    """Run a job: its picture, the final latents (1,4,h,w), and the settings but those of adapters and packing."""
+    for model in pipe.models():
+        model.tiles_vae = job.settings["tiles_vae"]
+    latents = pipe.run(replace(job.request, output_type="latent"))  # (1,4,h,w)
+    with torch.no_grad():
+        images = pipe.decode(latents)
+    if job.mask is not None:
+        images = common.masking().paste(images, to_tensor(job.picture), common.masking().read(job.mask))
+    pictures = from_tensor(images)
+    if a.watermark:
+        pictures = [common.watermarks().embed(picture) for picture in pictures]
+    negative = pipe.unconditional(job.request) if job.request.guided else "none"
+    made = identities[0] | {"device": str(pipe.device), "prediction": pipe.config.prediction, "unconditional": negative}
+    if a.refiner is not None:
+        made |= common.experts().refiner_settings(identities[1], job.plan.switch)
+    return pictures, latents, {**job.settings, **made}

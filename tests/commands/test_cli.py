@@ -22,7 +22,7 @@ from sdxl_ref import __version__, cli
 from sdxl_ref.cli import Parser, add_commands, main, summaries
 from sdxl_ref.pipelines import ImageToImagePipeline
 
-COMMANDS = ["demo", "evaluate", "fetch", "generate", "info", "refine", "train"]
+COMMANDS = ["demo", "evaluate", "fetch", "generate", "grid", "info", "refine", "train"]
 
 # --- commands and their help --------------------------------------------------------------------------------------
 
