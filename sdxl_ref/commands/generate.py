@@ -216,4 +216,5 @@ def record(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict
         settings |= refiner_settings(identities[1], None if a.two_stage else job.plans[0].switch)
     settings["unconditional"] = "; ".join(sides) if job.first.guided else "none"
     settings |= common.sampling_settings(job.first.completed(job.checkpoints[0].defaults))
+    settings["sigmas"] = [plan.grid.sigmas.tolist() for plan in job.plans]
     return settings | {"size": "{}x{}".format(*job.size)}

@@ -49,7 +49,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
     }
     line = ", ".join(f"{name}: {quoted(str(value))}" for name, value in fields.items() if value not in (None, ""))
     negative = [f"Negative prompt: {settings['negative_prompt']}"] if settings.get("negative_prompt") else []
-    return "\n".join([settings["prompt"], *negative, line]).encode(errors="replace").decode()  # as UTF-8 has it
+    return "\n".join([settings["prompt"] or "", *negative, line]).encode(errors="replace").decode()  # as UTF-8 has it
 
 
 def quoted(value: str) -> str:

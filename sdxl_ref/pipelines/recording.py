@@ -5,8 +5,8 @@
     from sdxl_ref.pictures.settings import png_chunks
     picture.save("picture.png", pnginfo=png_chunks(picture.info))
 
-Pictures and latents that went in, functions around the denoiser and replaced networks are not recorded, and of a
-checkpoint its name alone: its hash would take reading the whole file.
+Pictures, masks, latents and embeds that went in, functions around the denoiser and replaced networks are not recorded,
+and of a checkpoint its name alone: its hash would take reading the whole file.
 """
 
 from collections.abc import Mapping
@@ -22,23 +22,21 @@ from sdxl_ref.pictures.images import from_tensor
 from sdxl_ref.pictures.settings import texts
 from sdxl_ref.pipelines.request import Request
 
-NOT_RECORDED = ("image", "latents", "generator", "output_type")
+NOT_RECORDED = ("image", "mask_image", "latents", "generator", "output_type")
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
 def settings(pipe: Any, request: Request, watermark: bool) -> dict[str, Any]:
     """Of a run that is about to begin; a setting of None is the default. `seed` is one for each generator."""
     completed = request.completed(pipe.defaults)
-    values = {field.name: getattr(completed, field.name) for field in fields(completed)}
+    values = {f.name: getattr(completed, f.name) for f in fields(completed) if not f.name.endswith("_embeds")}
     recorded: dict[str, Any] = {name: value for name, value in values.items() if name not in NOT_RECORDED}
     recorded["spacing"] = str(completed.spacing)
     recorded |= {"seed": seeds(request.generator), "adapters": adapters(pipe), "watermark": watermark}
     plan = pipe.plan(request)
     recorded |= {"plan": str(plan), "sigmas": plan.grid.sigmas.tolist()}
-    dtypes = {"dtype": pipe.dtype, "vae_dtype": next(pipe.vae.parameters()).dtype}
-    recorded |= {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()} | {
-        "device": str(pipe.device)
-    }
+    kinds = {"dtype": pipe.dtype, "vae_dtype": next(pipe.vae.parameters()).dtype, "device": pipe.device}
+    recorded |= {name: str(kind).removeprefix("torch.") for name, kind in kinds.items()}
     for prefix, model in zip(("", "refiner_"), pipe.models(), strict=False):
         recorded[f"{prefix}prediction"] = model.config.prediction
         recorded[f"{prefix}unconditional"] = model.unconditional(request) if request.guided else "none"
