@@ -71,6 +71,8 @@ class Pipeline(Model):
 
     def unconditional(self, request: Request) -> str:
         """What the negative side of a request reads, in words."""
+        if request.negative_prompt_embeds is not None:
+            return "embeds handed in"
         if request.negative_prompt is None and request.negative_prompt_2 is None:
             return "zeros" if self.zeros else "empty prompt encoded"
         return "negative prompt encoded"

@@ -35,16 +35,12 @@ def plan_of(request: Request, defaults: Defaults = SDXL) -> GridPlan:
     schedule = NoiseSchedule()
     grid = schedule.grid(steps, r.spacing, bool(r.karras))
     start = 0
-    begins = "the first step"
     if r.denoising_start is not None:
         start = grid.steps_above(schedule.switch_sigma(r.denoising_start))
-        begins = f"denoising_start {r.denoising_start}"
     elif r.image is not None or r.strength is not None:
-        strength = STRENGTH if r.strength is None else r.strength
-        start = steps - strength_steps(steps, strength, r.strength_rule)
-        begins = f"strength {strength}"
+        start = steps - strength_steps(steps, STRENGTH if r.strength is None else r.strength, r.strength_rule)
     stop = steps if r.denoising_end is None else grid.steps_above(schedule.switch_sigma(r.denoising_end))
     if start >= stop:
-        between = f"{begins} and denoising_end {r.denoising_end}"
+        between = f"step {start}, where the run begins, and denoising_end {r.denoising_end}"
         raise InputError(f"0 of {steps} steps lie between {between}: use more steps, or a wider range")
     return GridPlan(grid.cut(start, stop), steps, request.left_open(defaults))

@@ -96,7 +96,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "latents": ({"latents": torch.zeros(1, 3, 8, 8)}, r"expected latents \(1,4,h,w\), found \(1, 3, 8, 8\)"),
     "latents of another size": ({"latents": torch.zeros(1, 4, 9, 8)}, r"for this height and width"),
     "second prompts": ({"prompt_2": ["a", "b"]}, "found 2 for 1"),
-    "end": ({"denoising_end": 0.001}, "0 of 10 steps lie between the first step and denoising_end 0.001"),
+    "end": (
+        {"denoising_end": 0.001},
+        "0 of 10 steps lie between step 0, where the run begins, and denoising_end 0.001",
+    ),
     "end outside": ({"denoising_end": 1.5}, "from 0 to 1, found 1.5"),
     "sampler": ({"sampler": "dpm"}, "unknown sampler 'dpm': did you mean 'ddpm'"),
 }
