@@ -168,7 +168,7 @@ def diffusers_base(
 
 
 def diffusers_base_img2img(
-    scheduler: str = "EulerDiscreteScheduler", spacing: str = "leading", kind: str = "base", **options: Any
+    scheduler: str = "EulerDiscreteScheduler", kind: str = "base", spacing: str = "leading", **options: Any
 ) -> Any:
     """The base's own parts in the pipeline of pictures and noisy latents."""
     name = "StableDiffusionXLImg2ImgPipeline"

@@ -17,7 +17,7 @@ def both(sampler: str = "euler", spacing: str | None = "leading", **arguments: A
     options = {"clip_sample": False, "set_alpha_to_one": True} if sampler == "ddim" else {}
     call = pairs.request(**{"target_size": (515, 1023)} | arguments)
     mine = pairs.base()(**call, sampler=sampler, spacing=spacing, generator=pairs.seeded(SEED))
-    peer = pairs.diffusers_base_img2img(SCHEDULERS[sampler], spacing or "leading", **options)
+    peer = pairs.diffusers_base_img2img(SCHEDULERS[sampler], spacing=spacing or "leading", **options)
     return mine.images, peer(**call, generator=pairs.seeded(SEED)).images
 
 

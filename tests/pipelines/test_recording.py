@@ -156,3 +156,17 @@ def test_both_models_of_an_ensemble_say_how_they_are_run() -> None:
     made = recorded(picture)
     assert (made["prediction"], made["refiner_prediction"]) == ("epsilon", "v")
     assert (made["unconditional"], made["refiner_unconditional"]) == ("zeros", "empty prompt encoded")
+
+
+def test_embeds_and_masks_are_told_and_not_written_out() -> None:
+    pipe = pairs.refiner()
+    embeds = pipe.encode_prompt("a cup", negative_prompt="blurry")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (8, 8, 40, 40))
+    call = {"image": Image.new("RGB", (64, 64)), "mask_image": mask, "strength": 0.5, "num_inference_steps": 4}
+    [picture] = pipe(**embeds._asdict(), **call, generator=seeded(7)).images
+    made = recorded(picture)
+    assert made["unconditional"] == "embeds handed in"
+    assert (made["prompt"], made["prompt_syntax"], made["clip_skip"]) == (None, "plain", None)
+    assert not {"mask_image", *embeds._asdict()} & set(made)
+    assert picture.info["parameters"].startswith("\nSteps: 4, ")
