@@ -206,8 +206,8 @@ with torch.no_grad():
     tiled, *tiled_figures = run(lambda x: tiled_vae.encode(network, x), lambda z: tiled_vae.decode(network, z))
     whole, *whole_figures = run(network.encode, network.decode)
     noise = ((tiled - whole) ** 2).mean() / (whole.max() - whole.min()) ** 2
-    rows = (tiled[:, :, 1:] - tiled[:, :, :-1]).abs().mean(dim=(0, 1, 3))
-    print(json.dumps([tiled_figures, whole_figures, float(-10 * torch.log10(noise)), rows.tolist()]))
+    rows = [(image[:, :, 1:] - image[:, :, :-1]).abs().mean(dim=(0, 1, 3)).tolist() for image in (tiled, whole)]
+    print(json.dumps([tiled_figures, whole_figures, float(-10 * torch.log10(noise)), rows]))
 """
 
 
@@ -248,6 +248,6 @@ def compare_at(ch: int, size: int, what: str, finer: int = 1) -> None:
     assert decibels >= DECIBELS
     if what == "decode":
         band = max(1, bands.BAND // finer // (4 * 2 * ch * size))  # of maps of 2 * ch channels, the last level's first
-        ratio = seam_ratio(rows, band)
-        print(f"gradient across borders of bands of {band} rows against elsewhere: {ratio:.4f}")
-        assert ratio <= SEAM
+        ratio, of_untiled = (seam_ratio(gradients, band) for gradients in rows)
+        print(f"gradient across borders of bands of {band} rows over others: {ratio:.4f}, untiled {of_untiled:.4f}")
+        assert ratio <= SEAM * max(1.0, of_untiled)  # few rows of a small picture are not like the others anyway
