@@ -1,6 +1,7 @@
 """Memory that cannot be had is told in one line; other errors stay what they are."""
 
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from command_line import assert_one_line, process
 
 from sdxl_ref.cli import run
 from sdxl_ref.commands.memory import tell
+
+HUGE = ["--height", "16384", "--width", "16384", "--steps", "20"]
 
 
 def of_cuda() -> None:
@@ -71,10 +74,23 @@ def test_other_errors_stay(error: RuntimeError) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's addresses so")
 def test_a_picture_that_does_not_fit_into_memory(tmp_path: Path) -> None:
+    """Where the system does not say what is free, no plan is made, and the run finds out itself."""
     limit = 5 << 30
     words = ["generate", "--base", "pocket", "--prompt", "x", "--device", "cpu", "--out", str(tmp_path / "x.png")]
-    words += ["--height", "16384", "--width", "16384", "--steps", "20"]
-    done = process(words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    words += HUGE
+    code = "import sys; from sdxl_ref.commands import room; room.free_memory = lambda device: None\n"
+    code += f"from sdxl_ref.cli import main; sys.exit(main({words!r}))"
+    command = [sys.executable, "-c", code]
+    limited = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # noqa: E731
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
     assert done.returncode == 1
     assert_one_line(done.stderr, "memory is not enough (")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_fit_is_told_before_the_work(tmp_path: Path) -> None:
+    out = str(tmp_path / "x.png")
+    done = process(["generate", "--base", "pocket", "--prompt", "x", "--device", "cpu", "--out", out, *HUGE])
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "16384 x 16384 px needs about ")
     assert not list(tmp_path.iterdir())

@@ -12,19 +12,9 @@ import torch
 from torch import Tensor
 
 from sdxl_ref.config import InputError
+from sdxl_ref.diffusion.higher_order import ancestral, lambdas
 from sdxl_ref.diffusion.schedule import NoiseSchedule
-from sdxl_ref.diffusion.steps import (
-    LARGEST_GAMMA,
-    Step,
-    add_noise,
-    ancestral,
-    check_amounts,
-    churn,
-    churn_gammas,
-    lambdas,
-    levels,
-    sampler,
-)
+from sdxl_ref.diffusion.steps import LARGEST_GAMMA, Step, add_noise, check_amounts, churn, churn_gammas, levels, sampler
 
 ROUNDING = 1e-6  # relative, of a few float32 operations
 SIGMAS = NoiseSchedule().discretize(20)
