@@ -17,7 +17,7 @@ from sdxl_ref import TextToImagePipeline, pack
 from sdxl_ref.config import InputError
 from sdxl_ref.networks.packing import why_not
 from sdxl_ref.text.conditioning import encode_text
-from sdxl_ref.text.inversion import Inversions
+from sdxl_ref.text.inversion import Inversions, Placeholders
 from sdxl_ref.text.prompt_encoding import SYNTAXES, encode_prompts
 from sdxl_ref.text.tokenizer import END, START, encode
 from sdxl_ref.weights.offload import Offload
@@ -36,6 +36,25 @@ def test_short_prompts_without_markup_are_the_plain_ones_to_the_bit(syntax: str,
     usual = encode_text(*towers(kind), PROMPTS, PROMPTS[::-1], "cpu")
     ours = encode_prompts(*towers(kind), PROMPTS, PROMPTS[::-1], "cpu", syntax=syntax)
     assert all(map(torch.equal, usual, ours))
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfy"])
+def test_no_token_and_no_weight_is_lost_between_chunks(syntax: str) -> None:
+    chunks = SYNTAXES[syntax].read("a tall tree, (red:1.2) leaves, " * 30, Placeholders())
+    assert len(chunks) > 2
+    tokens = [token for chunk in chunks for token in chunk]
+    assert [token.id for token in tokens] == encode("a tall tree, red leaves, " * 30)
+    assert {token.id for token in tokens if token.weight != 1} == set(encode("red"))
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfy"])
+def test_a_weight_in_one_prompt_leaves_the_others_to_the_bit(syntax: str) -> None:
+    openclip = peers.small_openclip()
+    prompts = ["a cat", "a (dog:1.3)"]
+    weighted, _ = encode_prompts(None, openclip, prompts, prompts, "cpu", syntax=syntax)
+    plain, _ = encode_prompts(None, openclip, ["a cat", "a dog"], ["a cat", "a dog"], "cpu")
+    assert torch.equal(weighted[0], plain[0])
+    assert not torch.equal(weighted[1], plain[1])
 
 
 def test_plain_knows_no_markup_and_cuts_with_a_warning() -> None:
