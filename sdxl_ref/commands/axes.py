@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,9 +59,7 @@ def axes_of(p: argparse.ArgumentParser, a: argparse.Namespace, texts: Sequence[s
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"--over has {name} twice: give all its values at once")
-    count = 1
-    for axis in axes:
-        count *= len(axis.values)
+    count = prod(len(axis.values) for axis in axes)
     if count > MOST_CELLS:
         raise InputError(f"expected at most {MOST_CELLS:,} pictures in a grid, found {count:,}: give fewer values")
     return axes

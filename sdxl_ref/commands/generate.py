@@ -63,7 +63,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.epilog = EXAMPLES
     p.add_argument("--base", required=True, metavar="MODEL", help="file, folder, repository of the hub, or pocket")
     p.add_argument("--refiner", metavar="MODEL", help="finish with it: as an ensemble, or see --two-stage")
-    common.add_request_options(p, EnsembleRequest, *SWITCHES, *BASE_ONLY, *SCORES)
+    common.add_request_options(p, EnsembleRequest, *BASE_ONLY, *SCORES)
+    common.add_switch_options(p)
     p.add_argument("--two-stage", action="store_true", help="a whole run of the base, then SDEdit by the refiner")
     p.add_argument("--strength", type=float, help="share of the steps that the second stage runs (0.3)")
     p.add_argument("--num-images", type=int, default=1, help="one file each, seeds counted up, and a contact sheet")

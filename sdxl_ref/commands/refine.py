@@ -107,7 +107,15 @@ def inputs_of(a: argparse.Namespace) -> Job:
     mask = None if a.mask is None else common.masking().fitted(a.mask, photo, a.max_pixels)
     if a.watermark:
         common.watermarks().check(*picture.size)
-    return Job(photo, picture, mask, opened(a))
+    settings = {"image": Path(a.image).name, "image_sha256": hash_of(a.image)}
+    if mask is not None:
+        settings |= {"mask": Path(a.mask).name, "mask_sha256": hash_of(a.mask), "mask_changes": "both sides"}
+    return Job(photo, picture, mask, opened(a), settings=settings)
+
+
+def hash_of(source: str) -> str | None:
+    """Of a picture's file; None of an address."""
+    return sha256_of(Path(source)) if os.path.isfile(source) else None
 
 
 def opened(a: argparse.Namespace) -> Sequence[Checkpoint]:
@@ -133,12 +141,9 @@ def planned(a: argparse.Namespace, job: Job, device: torch.device) -> Job:
     if a.checkpoint is not None:
         refuse_unusable(job.checkpoints[0].config.kind, request)
     plan = pipeline_of(a).plan_for(request, *(checkpoint.defaults for checkpoint in job.checkpoints))
-    if job.mask is not None:
-        settings |= {"mask": Path(a.mask).name, "mask_sha256": sha256_of(Path(a.mask)), "mask_changes": "both sides"}
-    photo_sha256 = sha256_of(Path(a.image)) if os.path.isfile(a.image) else None  # of an address
     settings |= common.sampling_settings(request.completed(job.checkpoints[0].defaults))
     settings |= {name: getattr(a, name) for name in ("command", "seed", "dtype", "vae_dtype", "watermark")}
-    settings |= {"image": Path(a.image).name, "image_sha256": photo_sha256, "size": "{}x{}".format(*job.picture.size)}
+    settings |= {**job.settings, "size": "{}x{}".format(*job.picture.size)}
     settings |= {"sigmas": plan.grid.sigmas.tolist(), "timesteps": plan.grid.timesteps}
     request, tiles_vae = fitted(a, job.checkpoints, request, job.picture.size[::-1], device)
     settings |= {"tile": request.tile, "tiles_vae": tiles_vae}

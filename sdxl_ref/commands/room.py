@@ -24,13 +24,14 @@ def fitted(
 
     A line says where tiles are chosen. InputError where even these do not fit.
     """
+    is_tiled = request.tile and max(size) > WINDOW  # a smaller picture is one tile
     pictures = request.prompts * request.num_images_per_prompt
     free = free_memory(str(device))
     dtypes = getattr(torch, a.dtype), getattr(torch, a.vae_dtype)
     weights = [bytes_of_weights(checkpoint, *dtypes) for checkpoint in checkpoints]
     most = sum(weights) + ACTIVATIONS * prod(size) * pictures * (1 + request.guided)
     if free is None or free > PLENTY * most:
-        return request, request.tile and max(size) > WINDOW
+        return request, is_tiled
     from sdxl_ref.pipelines import memory_plan
 
     low_memory = getattr(a, "low_memory", False)
@@ -41,20 +42,18 @@ def fitted(
         *dtypes,
         guided=request.guided,
         encodes=request.image is not None,
-        tiled=request.tile,
+        tiled=is_tiled,
         packed=device.type == "cpu" and not (a.plain or a.compile),
         low_memory=low_memory,
         device=str(device),
     )
-    is_tiled = False
     for i, checkpoint in enumerate(checkpoints):
         others = 0 if low_memory else sum(weights[:i] + weights[i + 1 :])
         fitting, line = memory_plan.fitting(replace(run, config=checkpoint.config), free - others)
         if line and not is_tiled:
             print(line, flush=True)
-        is_tiled = is_tiled or fitting.tiled != request.tile
-    tiles_vae = is_tiled or (request.tile and max(size) > WINDOW)
-    return replace(request, tile=request.tile or is_tiled), tiles_vae
+        is_tiled = is_tiled or fitting.tiled
+    return replace(request, tile=request.tile or is_tiled), is_tiled
 
 
 def bytes_of_weights(checkpoint: Checkpoint, dtype: torch.dtype, vae_dtype: torch.dtype) -> int:

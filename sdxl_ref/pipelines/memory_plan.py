@@ -5,7 +5,7 @@ Loaded where a plan is asked for. `fitting` is the decision; its line names what
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import combinations
 from typing import Any
 
@@ -70,8 +70,9 @@ class Plan:
         return f"{self.run.width} x {self.run.height} px needs about {in_gigabytes(self.peak)} of memory"
 
 
+@lru_cache(maxsize=64)
 def plan(run: Run) -> Plan:
-    """What a run will need: see `Plan`. Pictures above LARGEST are planned by their area."""
+    """What a run will need: see `Plan`. Pictures above LARGEST are planned by their area. Made once for equal runs."""
     networks = {part: build_empty(part, run.config).eval() for part in prefixes(run.config)}
     for part, network in networks.items():
         network.to(run.vae_dtype if part == "vae" else run.dtype)

@@ -73,7 +73,8 @@ class Pipeline(Model):
         """What the negative side of a request reads, in words."""
         if request.negative_prompt_embeds is not None:
             return "embeds handed in"
-        if request.negative_prompt is None and request.negative_prompt_2 is None:
+        reads_second = self.config.kind == "base"  # of an ensemble's request the base alone does
+        if request.negative_prompt is None and not (reads_second and request.negative_prompt_2 is not None):
             return "zeros" if self.zeros else "empty prompt encoded"
         return "negative prompt encoded"
 

@@ -154,3 +154,9 @@ def test_the_wrong_kind_of_model(tiny_base_file: Any, monkeypatch: pytest.Monkey
 def test_bad_switches(switch: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         EnsemblePipeline.plan_for(EnsembleRequest(prompt="", **switch))
+
+
+def test_a_second_negative_prompt_is_the_bases_alone() -> None:
+    pipe = pairs.ensemble()
+    request = pipe.request(prompt="a cup", negative_prompt_2="grey")
+    assert pipe.unconditional(request) == "base negative prompt encoded; refiner empty prompt encoded"
