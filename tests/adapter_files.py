@@ -64,7 +64,9 @@ def unet_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
 def outputs(parts: dict[str, nn.Module], config: ModelConfig) -> list[Tensor]:
     tokens = torch.full((1, 77), 49407)
     tokens[0, 0] = 49406
-    found = [parts["unet"](*unet_inputs(config)), *parts["text_encoder_2"](tokens)]
+    dtype = next(parts["unet"].parameters()).dtype
+    given = [value.to(dtype) if value.is_floating_point() else value for value in unet_inputs(config)]
+    found = [parts["unet"](*given), *parts["text_encoder_2"](tokens)]
     return [*found, parts["text_encoder"](tokens)] if "text_encoder" in parts else found
 
 

@@ -36,7 +36,7 @@ def both(base: list[str], tiny_refiner_file: Path) -> list[str]:
 
 
 def test_base_alone(base: list[str], here: Path, tiny_base_file: Path, capsys: Capture) -> None:
-    assert main([*base, "--seed", "3"]) == 0
+    assert main([*base, "--seed", "3", "--plain"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.splitlines()[0].startswith("plan: 10 of 10 steps, sigma 8.3")

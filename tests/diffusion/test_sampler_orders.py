@@ -19,10 +19,11 @@ def exact_flow(x: Tensor, high: float, low: float) -> Tensor:
 
     def slope(lam: float, flat: np.ndarray) -> np.ndarray:
         here = torch.from_numpy(flat)
-        return (bells(here, torch.tensor(math.exp(-lam))) - here).numpy()
+        sigma = torch.tensor(math.exp(-lam), dtype=torch.float64)
+        return (bells(here, sigma) - here).numpy()
 
     ends = (-math.log(high), -math.log(low))
-    return torch.from_numpy(solve_ivp(slope, ends, x.numpy(), method="DOP853", rtol=1e-9, atol=1e-9).y[:, -1])
+    return torch.from_numpy(solve_ivp(slope, ends, x.numpy(), method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1])
 
 
 def log_levels(steps: int, high: float = 10.0, low: float = 0.2) -> Tensor:

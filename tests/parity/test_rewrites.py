@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdxl_ref import pack, parity
 from sdxl_ref.networks import unet
+from sdxl_ref.networks.packing import why_not
 from sdxl_ref.parity.report import Report
 
 Rewrite = Callable[[Any], Any]
@@ -95,13 +96,19 @@ def compiled(network: Any) -> Any:
     return lambda *inputs: torch.compile(network, backend="aot_eager")(*inputs)
 
 
+def packed(network: nn.Module) -> nn.Module:
+    if why_not(network):
+        pytest.skip(f"packing was not tried: {why_not(network)}")
+    return pack(network)
+
+
 REWRITES: dict[str, Rewrite] = {
     "fused q, k, v": fused_qkv,
     "attention by hand": attending(by_hand),
     "attention in blocks": attending(in_blocks),
     "GroupNorm by hand": group_norm_by_hand,
     "channels-last": lambda network: network.to(memory_format=torch.channels_last),
-    "packed": pack,
+    "packed": packed,
     "two single runs": singly,
     "compiled": compiled,
 }
