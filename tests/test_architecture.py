@@ -24,6 +24,7 @@ FLOORS = [  # from the top: a module imports from its own floor and from those b
     ["cli"],
     ["commands"],
     ["parity"],
+    ["running"],
     ["pocket"],
     ["training"],
     ["pipelines"],

@@ -79,9 +79,13 @@ def axis_of(p: argparse.ArgumentParser, a: argparse.Namespace, text: str) -> Axi
     if name not in usable:
         raise InputError(f"--over: unknown option {name!r}{nearest(name, usable)} (see {p.prog} --help)")
     action = options[name]
-    words = values.split("|" if "|" in values or action.metavar == "LIST|FILE" else ",")
-    found = [Value(word, arguments_of(p, a, action, word)) for word in words]
+    found = [Value(word, arguments_of(p, a, action, word)) for word in words_of(action, values)]
     return Axis(name, labelled(action, found))
+
+
+def words_of(action: argparse.Action, values: str) -> list[str]:
+    """The values of an option, separated by commas, or by | where there is one; lists by | alone."""
+    return values.split("|" if "|" in values or action.metavar == "LIST|FILE" else ",")
 
 
 def arguments_of(

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdxl_ref.commands import common
+from sdxl_ref.commands import common, experts
 from sdxl_ref.commands.common import SHARED, SWITCHES
-from sdxl_ref.commands.experts import opened, refiner_settings
 from sdxl_ref.commands.room import fitted
 from sdxl_ref.config import InputError
 from sdxl_ref.pictures.images import from_tensor
@@ -79,7 +78,7 @@ def run(a: argparse.Namespace) -> None:
     common.check_writable(*dict.fromkeys((*outs, out)), a.save_latents, read=sources(a))
     common.check_format(out)
     device = common.pick_device(a.device)
-    job = planned(a, inputs_of(a), device)
+    job = planned(a, opened(a), device)
     for plan in job.plan.split("\n"):
         print(f"plan: {plan}", flush=True)
 
@@ -121,9 +120,14 @@ def sources(a: argparse.Namespace) -> list[object]:
     return [*models, a.vae, *a.embedding, *common.adapter_files(a.lora)]
 
 
-def inputs_of(a: argparse.Namespace) -> Sequence[Checkpoint]:
-    """What a run reads but its weights: the base, and the refiner where there is one."""
-    return opened(a.base, a.refiner, a.variant, a.vae)
+def opened(a: argparse.Namespace) -> Sequence[Checkpoint]:
+    """The models, without their weights: the base, and the refiner where there is one."""
+    return experts.opened(a.base, a.refiner, a.variant, a.vae)
+
+
+def inputs_of(a: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> Sequence[Checkpoint]:
+    """What a run reads but its weights: nothing but the models."""
+    return checkpoints
 
 
 def seeds(a: argparse.Namespace) -> list[int]:
@@ -187,14 +191,23 @@ def load(a: argparse.Namespace, job: Job, device: torch.device) -> tuple[Any, Se
 
 def paint(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]]) -> common.Painted:
     """Run a job: its pictures, the final latents (b,4,h,w), and the settings but those of adapters and packing."""
-    base = pipe.models()[0]
+    return finished(a, job, pipe, identities, denoised(a, job, pipe))
+
+
+def denoised(a: argparse.Namespace, job: Job, pipe: Any) -> torch.Tensor:
+    """The final latents (b,4,h,w) of a job, or of several whose requests are one."""
     for model in pipe.models():
         model.tiles_vae = job.tiles_vae
-    latents = (base if a.two_stage else pipe).run(job.first)  # (b,4,h,w)
-    if a.two_stage:
-        latents = pipe.refiner.run(replace(job.second, image=latents))
+    latents = (pipe.base if a.two_stage else pipe).run(job.first)  # (b,4,h,w)
+    return pipe.refiner.run(replace(job.second, image=latents)) if a.two_stage else latents
+
+
+def finished(
+    a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]], latents: torch.Tensor
+) -> common.Painted:
+    """What `paint` returns, of a job's latents (b,4,h,w)."""
     with torch.no_grad():
-        pictures = from_tensor(base.decode(latents))
+        pictures = from_tensor(pipe.decode(latents))
     if a.watermark:
         pictures = [embed(picture) for picture in pictures]
     return pictures, latents, record(a, job, pipe, identities)
@@ -214,7 +227,7 @@ def record(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict
         settings |= {"two_stage": a.two_stage} | {name: getattr(a, name) for name in (*SCORES, *SWITCHES)}
         if a.two_stage:
             settings["strength"] = STRENGTH if a.strength is None else a.strength
-        settings |= refiner_settings(identities[1], None if a.two_stage else job.plans[0].switch)
+        settings |= experts.refiner_settings(identities[1], None if a.two_stage else job.plans[0].switch)
     settings["unconditional"] = "; ".join(sides) if job.first.guided else "none"
     settings |= common.sampling_settings(job.first.completed(job.checkpoints[0].defaults))
     settings["sigmas"] = [plan.grid.sigmas.tolist() for plan in job.plans]

@@ -109,7 +109,7 @@ def plan_all(cells: Sequence[Cell], of: Any, device: torch.device) -> list[Plann
         with naming(cell):
             key = attributes(cell, READ)
             if key not in inputs:
-                inputs[key] = of.inputs_of(a)
+                inputs[key] = of.inputs_of(a, of.opened(a))
             job = of.planned(a, inputs[key], device)
             planned.append(Planned(cell, job))
             for path in common.adapter_files(a.lora):

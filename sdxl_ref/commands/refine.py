@@ -70,7 +70,7 @@ def run(a: argparse.Namespace) -> None:
     common.check_writable(out, a.save_latents, read=sources(a))
     common.check_format(out)
     device = common.pick_device(a.device)
-    job = planned(a, inputs_of(a), device)
+    job = planned(a, inputs_of(a, opened(a)), device)
     make_faster = common.faster(a, device)
     pipe, identities = load(a, job, device)
     adapters = common.load_embeddings(pipe, a.embedding) | common.put_on(pipe, a.lora) | make_faster(pipe)
@@ -100,8 +100,8 @@ def sources(a: argparse.Namespace) -> list[object]:
     return [a.image, a.mask, a.checkpoint, a.base, a.refiner, a.vae, *a.embedding, *common.adapter_files(a.lora)]
 
 
-def inputs_of(a: argparse.Namespace) -> Job:
-    """A job that is not planned yet. InputError for pictures and models that cannot be used."""
+def inputs_of(a: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> Job:
+    """A job that is not planned yet, on these models. InputError for pictures that cannot be used."""
     photo = load_image(a.image)
     picture = fit(photo, a.max_pixels)
     mask = None if a.mask is None else common.masking().fitted(a.mask, photo, a.max_pixels)
@@ -110,7 +110,7 @@ def inputs_of(a: argparse.Namespace) -> Job:
     settings = {"image": Path(a.image).name, "image_sha256": hash_of(a.image)}
     if mask is not None:
         settings |= {"mask": Path(a.mask).name, "mask_sha256": hash_of(a.mask), "mask_changes": "both sides"}
-    return Job(photo, picture, mask, opened(a), settings=settings)
+    return Job(photo, picture, mask, checkpoints, settings=settings)
 
 
 def hash_of(source: str) -> str | None:
@@ -161,9 +161,20 @@ def load(a: argparse.Namespace, job: Job, device: torch.device) -> tuple[Any, Se
 
 def paint(a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]]) -> common.Painted:
     """Run a job: its picture, the final latents (1,4,h,w), and the settings but those of adapters and packing."""
+    return finished(a, job, pipe, identities, denoised(a, job, pipe))
+
+
+def denoised(a: argparse.Namespace, job: Job, pipe: Any) -> torch.Tensor:
+    """The final latents (b,4,h,w) of a job, or of several whose requests are one."""
     for model in pipe.models():
         model.tiles_vae = job.settings["tiles_vae"]
-    latents = pipe.run(replace(job.request, output_type="latent"))  # (1,4,h,w)
+    return pipe.run(replace(job.request, output_type="latent"))
+
+
+def finished(
+    a: argparse.Namespace, job: Job, pipe: Any, identities: Sequence[dict[str, Any]], latents: torch.Tensor
+) -> common.Painted:
+    """What `paint` returns, of a job's latents (1,4,h,w)."""
     with torch.no_grad():
         images = pipe.decode(latents)
     if job.mask is not None:

@@ -21,6 +21,7 @@ from sdxl_ref.pipelines import recording
 from sdxl_ref.pipelines.request import Prompt, Request
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+MARKS = ("(", "<", "[", "{", "AND", "BREAK", "embedding:")  # of other tools' prompts
 Steps = Generator[Step, None, Tensor]  # returns pictures (b,3,H,W) in [0,1], or latents (b,4,h,w)
 
 
@@ -60,7 +61,8 @@ class CallablePipeline:
 
     steered = Elsewhere("steering")
     mask_of = Elsewhere("masking")
-    tiled_denoiser = Elsewhere("tiling")
+    denoiser_in_parts = Elsewhere("apart")
+    encode_apart = Elsewhere("apart")
     tiled_vae = Elsewhere("tiling")
     text_encoding = Elsewhere("prompts")
     own_embeds = Elsewhere("prompts")
@@ -75,8 +77,6 @@ class CallablePipeline:
     components = Elsewhere("ecosystem")
     from_pipe = Elsewhere("ecosystem")
     save_pretrained = Elsewhere("saving")
-    enable_model_cpu_offload = Elsewhere("ecosystem")
-    enable_sequential_cpu_offload = Elsewhere("ecosystem")
     scheduler = Elsewhere("scheduler")
 
     def __init__(self) -> None:
@@ -144,9 +144,7 @@ class CallablePipeline:
         Returns pictures (b,3,H,W) in [0,1], or, where its `output_type` is "latent", latents (b,4,h,w).
         """
         prompts = f"{request.prompt}\n{request.prompt_2}\n{request.negative_prompt}\n{request.negative_prompt_2}"
-        if request.prompt_syntax == "plain" and any(
-            mark in prompts for mark in ("(", "<", "[", "{", "AND", "BREAK", "embedding:")
-        ):
+        if request.prompt_syntax == "plain" and any(mark in prompts for mark in MARKS):
             from sdxl_ref.text.markup import note_markup  # other tools'
 
             note_markup(prompts)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sdxl_ref.config import nearest
+from sdxl_ref.pipelines.ecosystem import enable_model_cpu_offload, enable_sequential_cpu_offload
 
 ATTENTION = "attention here is PyTorch's scaled_dot_product_attention, which makes no map of all pairs"
 ONE_PICTURE = "pictures are decoded one at a time as it is"
@@ -85,6 +86,7 @@ def disable_vae_tiling(pipe: Any) -> None:
         model.tiles_vae = False
 
 
+OFFLOADS = (enable_model_cpu_offload, enable_sequential_cpu_offload)
 CALLS: dict[str, Callable[..., None]] = {
-    call.__name__: call for call in (upcast_vae, enable_vae_tiling, disable_vae_tiling)
+    call.__name__: call for call in (upcast_vae, enable_vae_tiling, disable_vae_tiling, *OFFLOADS)
 }

@@ -58,11 +58,10 @@ class Pipeline(Model):
         return self.finished(r, step, start.mask)
 
     def conditioned(self, r: Request, text: PromptEmbeds, x: Tensor, grid: Grid) -> Denoise:
-        """`denoise(x, sigma)` of latents like x (b,4,h,w), whole or in tiles."""
-        size = self.picture_size(x)
-        if r.tile:
-            return self.tiled_denoiser(r, text, size, grid)
-        return self.denoiser(r, self.condition(r, text, size), grid)
+        """`denoise(x, sigma)` of latents like x (b,4,h,w), whole or in parts."""
+        if r.tile or r.batch_invariant:
+            return self.denoiser_in_parts(r, text, x, grid)
+        return self.denoiser(r, self.condition(r, text, self.picture_size(x)), grid)
 
     @property
     def zeros(self) -> bool:
@@ -84,6 +83,8 @@ class Pipeline(Model):
 
     def encode_request(self, r: Request, count: int) -> PromptEmbeds:
         """What the UNet reads of a request's prompts, for `count` pictures."""
+        if r.batch_invariant:
+            return self.encode_apart(r, count)
         if r.prompt_embeds is not None or r.negative_prompt_embeds is not None:
             return self.own_embeds(r, count)
         texts: dict[str, Any] = {name: getattr(r, name) for name in TEXTS}

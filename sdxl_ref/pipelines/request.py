@@ -68,6 +68,7 @@ class Request:
     generator: Generator | None = option("a torch.Generator, or one for each picture; None: seeded by the system", None)
     latents: Tensor | None = option("(b,4,h,w), what the run starts from: see the request", None)
     num_images_per_prompt: int = option("pictures for each prompt", 1)
+    batch_invariant: bool = option("each picture by itself: the same bits whatever is in the batch", False)
     original_size: Size | None = option("the original size given to the UNet; None: the picture's own", None)
     crops_coords_top_left: Size = option("the top left corner of the crop, given to the UNet", (0, 0))
     negative_original_size: Size | None = option("the negative side's; None: original_size", None)

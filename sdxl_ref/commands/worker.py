@@ -1,0 +1,199 @@
+"""What paints the jobs of a batch: it keeps its models for as long as the next jobs want the same ones."""
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdxl_ref.commands import common
+from sdxl_ref.commands.job_options import COMMANDS
+from sdxl_ref.commands.memory import SIGNS
+from sdxl_ref.config import InputError
+from sdxl_ref.pipelines.request import Request
+from sdxl_ref.running.record import Record
+
+MODELS = ("command", "checkpoint", "base", "refiner", "variant", "vae")  # arguments by which files are opened
+WEIGHTS = (*MODELS, "dtype", "vae_dtype", "prediction", "embedding", "low_memory", "compile", "plain")
+ADAPTERS = "lora"
+OF_PICTURE = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")  # and of a request: what each picture has
+NO_MEMORY = "memory is not enough for it: ask for less, as --dtype bfloat16, a smaller picture, --tile or --low-memory"
+
+
+class Job(NamedTuple):
+    """A job by its name, with the number of its line, and the options that are its own."""
+
+    name: str
+    line: int
+    options: Mapping[str, Any]
+
+
+class Outcome(NamedTuple):
+    """A job that is done, or why it could not be."""
+
+    job: Job
+    error: str = ""
+
+
+class Opened(NamedTuple):
+    """A pipeline with its weights, and what a picture's settings say of these and of packing."""
+
+    pipe: Any
+    identities: Sequence[dict[str, Any]]
+    settings: dict[str, Any]
+
+
+class Planned(NamedTuple):
+    """A job that only weights are missing of: its command's own job, and its arguments."""
+
+    job: Job
+    arguments: argparse.Namespace
+    run: Any
+
+
+class Worker:
+    """Paints jobs into a folder and notes them in its record."""
+
+    def __init__(self, record: Record, device: torch.device, batch_invariant: bool = True) -> None:
+        self.record = record
+        self.device = device
+        self.batch_invariant = batch_invariant
+        self.kept: dict[str, tuple[Any, Any]] = {}  # the last value of each kind, with what it was made of
+
+    def work(self, jobs: Sequence[Job], arguments_of: Callable[[Job], argparse.Namespace]) -> Iterator[Outcome]:
+        """Do jobs, at once those that can be; each is yielded when its pictures are there, or with what is wrong.
+
+        InputError where nothing more can be written.
+        """
+        planned = []
+        for job in jobs:
+            try:
+                planned.append(self.plan(job, arguments_of(job)))
+            except InputError as error:
+                yield Outcome(job, str(error))
+        for same in alike(planned):
+            yield from self.paint(same)
+
+    def plan(self, job: Job, a: argparse.Namespace) -> Planned:
+        """InputError for what cannot be run."""
+        of = COMMANDS[a.command]
+        of.check(a)
+        checkpoints = self.keep("files", values(a, MODELS), lambda: of.opened(a))
+        run = of.planned(a, of.inputs_of(a, checkpoints), self.device)
+        own = {name: value for name, value in zip(run._fields, run, strict=True) if isinstance(value, Request)}
+        apart = {name: replace(request, batch_invariant=self.batch_invariant) for name, request in own.items()}
+        return Planned(job, a, run._replace(**apart))
+
+    def paint(self, planned: Sequence[Planned]) -> Iterator[Outcome]:
+        """Paint jobs in one run; where that cannot be, each by itself."""
+        try:
+            painted = self.painted(planned)
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, InputError | MemoryError) and not SIGNS.search(str(error)):
+                raise
+            if len(planned) > 1:
+                for one in planned:
+                    yield from self.paint([one])
+                return
+            yield Outcome(planned[0].job, str(error) if isinstance(error, InputError) else NO_MEMORY)
+            return
+        for one, results in zip(planned, painted, strict=True):
+            self.save(one, *results)
+            yield Outcome(one.job)
+
+    def painted(self, planned: Sequence[Planned]) -> list[common.Painted]:
+        """The pictures of jobs that have all but what is each picture's own in common, with all their settings."""
+        a = planned[0].arguments
+        of = COMMANDS[a.command]
+        opened: Opened = self.keep("weights", values(a, WEIGHTS), lambda: self.load(planned[0]))
+        adapters = self.keep(ADAPTERS, (id(opened.pipe), *a.lora), lambda: self.put_on(opened.pipe, a.lora))
+        latents = of.denoised(a, together([one.run for one in planned]), opened.pipe)  # (n*b,4,h,w)
+        results = []
+        for one, own in zip(planned, latents.chunk(len(planned)), strict=True):
+            made = of.finished(one.arguments, one.run, opened.pipe, opened.identities, own)
+            results.append((made[0], made[1], made[2] | adapters | opened.settings))
+        return results
+
+    def load(self, planned: Planned) -> Opened:
+        """Read the weights of a job. InputError as of `Record.check_weights`."""
+        a = planned.arguments
+        make_faster = common.faster(a, self.device)
+        pipe, identities = COMMANDS[a.command].load(a, planned.run, self.device)
+        pipe.set_progress_bar_config(disable=True)
+        names = [name for name in (getattr(a, "checkpoint", None), a.base, a.refiner) if name is not None]
+        digests = {name: one["checkpoint"]["sha256"] for name, one in zip(names, identities, strict=True)}
+        self.record.check_weights(digests)
+        return Opened(pipe, identities, common.load_embeddings(pipe, a.embedding) | make_faster(pipe))
+
+    def put_on(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
+        """Put adapters on in place of those of the job before."""
+        pipe.unload_lora_weights()
+        settings = common.put_on(pipe, texts)
+        self.record.check_weights(dict(zip(texts, settings["lora_sha256"], strict=True)))
+        return settings
+
+    def save(self, planned: Planned, pictures: Sequence[Any], latents: Tensor, settings: Mapping[str, Any]) -> None:
+        """Write a job's pictures, and then note that they are there."""
+        a = planned.arguments
+        paths = common.names_of_several(self.record.folder / f"{planned.job.name}.png", len(pictures))
+        for i, (path, picture) in enumerate(zip(paths, pictures, strict=True)):
+            common.save_picture(picture, path, {**settings, "seed": (a.seed + i) % 2**64})
+        last = settings["sigmas"][-1]
+        common.save_latents(a.save_latents, latents, last[-1] if isinstance(last, list) else last)
+        self.record.finish(planned.job.name, [path.name for path in paths], planned.job.options)
+
+    def keep(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made last of this kind where the key is the same; else it is forgotten, and made anew."""
+        if kind not in self.kept or self.kept[kind][0] != key:
+            self.kept.pop(kind, None)
+            if kind == "weights":
+                self.kept.pop(ADAPTERS, None)
+                gc.collect()  # hooks and networks point at each other
+            self.kept[kind] = key, make()
+        return self.kept[kind][1]
+
+
+def values(a: argparse.Namespace, names: Sequence[str]) -> tuple[Any, ...]:
+    """Of arguments, to be compared; None for those that their command does not have."""
+    found = (getattr(a, name, None) for name in names)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in found)
+
+
+def alike(planned: Sequence[Planned]) -> list[list[Planned]]:
+    """Those together that can be one run: of one command, model, size and way of denoising."""
+    groups: dict[Any, list[Planned]] = {}
+    for one in planned:
+        size = getattr(one.run, "picture", one.run).size
+        groups.setdefault((kind_of(one.arguments), size), []).append(one)
+    return list(groups.values())
+
+
+def kind_of(a: argparse.Namespace) -> Any:
+    """What jobs that can be one run agree in, but for the size of a picture."""
+    own = (*OF_PICTURE, "seed", "image", "mask", "save_latents")
+    shared = values(a, [name for name in vars(a) if name not in own])
+    return shared, tuple(getattr(a, name, None) is None for name in (*OF_PICTURE, "mask"))
+
+
+def together(runs: Sequence[Any]) -> Any:
+    """Of several jobs of a command one: with the requests of all in one."""
+    first = runs[0]
+    requests = {name: value for name, value in zip(first._fields, first, strict=True) if isinstance(value, Request)}
+    return first._replace(**{name: joined([getattr(run, name) for run in runs]) for name in requests})
+
+
+def joined(requests: Sequence[Request]) -> Request:
+    """One request for the pictures of all, which agree in everything else."""
+    if len(requests) == 1:
+        return requests[0]
+    own: dict[str, Any] = {}
+    for field in fields(requests[0]):
+        given = [getattr(request, field.name) for request in requests]
+        if field.name in ("image", "mask_image", "generator", *OF_PICTURE) and given[0] is not None:
+            counts = [request.prompts for request in requests]
+            lists = [one if isinstance(one, list) else [one] * n for one, n in zip(given, counts, strict=True)]
+            own[field.name] = [value for values in lists for value in values]
+    return replace(requests[0], **own)
