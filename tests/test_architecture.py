@@ -45,8 +45,11 @@ OPTIONAL = {
     "huggingface_hub.errors",
     "imwatermark",
     "matplotlib",
+    "ray",
+    "ray.data",
     "scipy",
     "scipy.stats",
+    "webdataset",
 }  # heavy, or not everywhere
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {  # kinds of checkpoint
@@ -61,6 +64,9 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
         "weights.stated_config",
     },
     "adapters.reading": {"adapters.kinds", "adapters.unsupported"},  # what is in a file beside the usual factors
+    "commands.batch": {"commands.on_ray"},  # who does the jobs
+    "commands.worker": {"running.tar_shards"},  # where a job's picture lies
+    "running.job_list": {"running.tar_shards"},  # kinds of lists
     "commands.common": {  # what options ask for, and what lies at a target
         "commands.adapter_options",
         "commands.devices",

@@ -64,6 +64,14 @@ class Options:
         return self.actions[known]
 
 
+def arguments_of(
+    readers: Mapping[str, Options], shared: Mapping[str, Any], given: Sequence[Mapping[str, Any]]
+) -> argparse.Namespace:
+    """Those of a job: of refine where it has an image, else of generate. InputError as of `Options.arguments`."""
+    has_image = any(options.get("image") is not None for options in given)
+    return readers["refine" if has_image else "generate"].arguments(shared, *given)
+
+
 def value_of(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
     """What an option makes of a value of a line: text as on the command line, or a number, true, false or a list."""
     name = action.dest

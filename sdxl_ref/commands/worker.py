@@ -2,15 +2,19 @@
 
 import argparse
 import gc
+import json
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdxl_ref.commands import common
-from sdxl_ref.commands.job_options import COMMANDS
+from sdxl_ref.commands.job_options import COMMANDS, Options, arguments_of
 from sdxl_ref.commands.memory import SIGNS
 from sdxl_ref.config import InputError
 from sdxl_ref.pipelines.request import Request
@@ -24,11 +28,15 @@ NO_MEMORY = "memory is not enough for it: ask for less, as --dtype bfloat16, a s
 
 
 class Job(NamedTuple):
-    """A job by its name, with the number of its line, and the options that are its own."""
+    """A job by its name, with the number of its line, and the options that are its own, the last ones first."""
 
     name: str
     line: int
-    options: Mapping[str, Any]
+    given: Sequence[Mapping[str, Any]]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for options in self.given for name, value in options.items()}
 
 
 class Outcome(NamedTuple):
@@ -36,6 +44,19 @@ class Outcome(NamedTuple):
 
     job: Job
     error: str = ""
+
+
+class Settings(NamedTuple):
+    """What holds for all jobs of a batch: the folder, options given once, and what a picture's bits depend on."""
+
+    folder: Path
+    shared: Mapping[str, Any]
+    device: str
+    threads: int
+    batch_invariant: bool = True
+
+    def recorded(self) -> dict[str, Any]:
+        return {"threads": self.threads, "batch_invariant": self.batch_invariant}
 
 
 class Opened(NamedTuple):
@@ -55,36 +76,63 @@ class Planned(NamedTuple):
 
 
 class Worker:
-    """Paints jobs into a folder and notes them in its record."""
+    """Paints jobs into a folder and notes them in a record of its own, which `name` tells from those of others.
 
-    def __init__(self, record: Record, device: torch.device, batch_invariant: bool = True) -> None:
-        self.record = record
-        self.device = device
-        self.batch_invariant = batch_invariant
+    None is a name that nobody else has.
+
+    InputError where the record is of a batch with other settings, or the device is not to be had.
+    """
+
+    def __init__(self, settings: Settings, name: str | None = "") -> None:
+        torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.device = common.pick_device(settings.device)
+        self.readers = {command: Options(command) for command in COMMANDS}
         self.kept: dict[str, tuple[Any, Any]] = {}  # the last value of each kind, with what it was made of
+        self.record = Record(settings.folder, f"actor-{uuid.uuid4().hex[:12]}" if name is None else name)
+        self.record.begin(settings.recorded())
 
-    def work(self, jobs: Sequence[Job], arguments_of: Callable[[Job], argparse.Namespace]) -> Iterator[Outcome]:
-        """Do jobs, at once those that can be; each is yielded when its pictures are there, or with what is wrong.
+    def work(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        """Do the jobs that nobody has done; each is yielded when its pictures are there, or with what is wrong.
 
+        Without `batch_invariant` all of them where one is missing: a picture depends on what it is denoised with.
         InputError where nothing more can be written.
         """
+        self.record.refresh()
+        missing = [job for job in jobs if not self.record.is_done(job.name)]
         planned = []
-        for job in jobs:
+        for job in missing if self.settings.batch_invariant or not missing else jobs:
             try:
-                planned.append(self.plan(job, arguments_of(job)))
+                planned.append(self.plan(job, arguments_of(self.readers, self.settings.shared, job.given)))
             except InputError as error:
-                yield Outcome(job, str(error))
+                yield self.fail(job, str(error))
         for same in alike(planned):
             yield from self.paint(same)
+
+    def __call__(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Do pieces of work that come as rows of JSON, as Ray Data hands them over, and return what failed likewise."""
+        failures = []
+        for row in rows["piece"]:
+            outcomes = self.work([Job(*job) for job in json.loads(row)])
+            failures.append(json.dumps([(outcome.job.name, outcome.error) for outcome in outcomes if outcome.error]))
+        return {"failures": failures}
+
+    def close(self) -> None:
+        self.record.close()
+
+    def fail(self, job: Job, error: str) -> Outcome:
+        self.record.fail(job.name, error)
+        return Outcome(job, error)
 
     def plan(self, job: Job, a: argparse.Namespace) -> Planned:
         """InputError for what cannot be run."""
         of = COMMANDS[a.command]
         of.check(a)
         checkpoints = self.keep("files", values(a, MODELS), lambda: of.opened(a))
-        run = of.planned(a, of.inputs_of(a, checkpoints), self.device)
+        with readable(a) as with_picture:
+            run = of.planned(a, of.inputs_of(with_picture, checkpoints), self.device)
         own = {name: value for name, value in zip(run._fields, run, strict=True) if isinstance(value, Request)}
-        apart = {name: replace(request, batch_invariant=self.batch_invariant) for name, request in own.items()}
+        apart = {name: replace(request, batch_invariant=self.settings.batch_invariant) for name, request in own.items()}
         return Planned(job, a, run._replace(**apart))
 
     def paint(self, planned: Sequence[Planned]) -> Iterator[Outcome]:
@@ -98,7 +146,7 @@ class Worker:
                 for one in planned:
                     yield from self.paint([one])
                 return
-            yield Outcome(planned[0].job, str(error) if isinstance(error, InputError) else NO_MEMORY)
+            yield self.fail(planned[0].job, str(error) if isinstance(error, InputError) else NO_MEMORY)
             return
         for one, results in zip(planned, painted, strict=True):
             self.save(one, *results)
@@ -154,6 +202,18 @@ class Worker:
                 gc.collect()  # hooks and networks point at each other
             self.kept[kind] = key, make()
         return self.kept[kind][1]
+
+
+@contextmanager
+def readable(a: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The arguments of a job for as long as its picture is read: one in a tar is taken out."""
+    if ".tar/" not in str(getattr(a, "image", "")):
+        yield a
+        return
+    from sdxl_ref.running.tar_shards import taken_out
+
+    with taken_out(a.image) as image:
+        yield argparse.Namespace(**vars(a) | {"image": image})
 
 
 def values(a: argparse.Namespace, names: Sequence[str]) -> tuple[Any, ...]:

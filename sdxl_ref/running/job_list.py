@@ -1,4 +1,7 @@
-"""The list of a batch: JSON lines, a table (CSV, TSV), or a folder of pictures. What is wrong with a line is kept."""
+"""The list of a batch: JSON lines, a table (CSV, TSV), a folder of pictures, or a tar of them.
+
+What is wrong with a line is kept beside the others.
+"""
 
 import csv
 import json
@@ -24,7 +27,7 @@ class Line(NamedTuple):
 
 
 def read(source: Path) -> Iterator[Line]:
-    """The lines of a file, by its suffix a table or else JSON lines, or the pictures of a folder in order.
+    """The lines of a file, by its suffix a table, a tar or else JSON lines, or the pictures of a folder in order.
 
     Empty lines are left out, and so is an empty cell of a table. InputError where there is no such file or folder, and
     for a table without a first line that names its columns.
@@ -32,6 +35,9 @@ def read(source: Path) -> Iterator[Line]:
     check_regular(source)
     if source.is_dir():
         yield from pictures(source)
+        return
+    if source.suffix.lower() == ".tar":
+        yield from in_tar(source)
         return
     try:
         with source.open("rb") as file:
@@ -48,6 +54,24 @@ def pictures(folder: Path) -> Iterator[Line]:
     if not paths:
         raise InputError(f"no picture lies in {folder}: expected files that end in {', '.join(PICTURES)}")
     yield from (Line(number, {"image": str(path)}) for number, path in enumerate(paths, 1))
+
+
+def in_tar(source: Path) -> Iterator[Line]:
+    """Its jobs, numbered from 1. The one place that imports what reads a tar."""
+    from sdxl_ref.running import tar_shards
+
+    for number, sample in enumerate(tar_shards.samples(source), 1):
+        options: dict[str, Any] = {}
+        try:
+            if "json" in sample:
+                options |= json_object(sample["json"].decode())
+            if "txt" in sample:
+                options["prompt"] = sample["txt"].decode().strip()
+        except (ValueError, RecursionError) as error:
+            yield Line(number, {}, f"{sample['__key__']}: {error}, as {SAMPLE}")
+            continue
+        image = tar_shards.picture_of(source, sample)
+        yield Line(number, options if image is None else {**options, "image": image})
 
 
 def json_lines(file: Any) -> Iterator[Line]:

@@ -38,15 +38,25 @@ def this_process() -> Process:
     return Process(0, 1)
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes that torchrun started, if it did; yields the device of this one."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield device
-        return
+def is_alone() -> bool:
+    """Whether torchrun has started no other process than this one, or was not used."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def check_variables() -> None:
+    """InputError unless there is all that torchrun sets."""
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     if missing:
         raise InputError(f"expected torchrun's variables, found no {', '.join(missing)}: use it, or unset WORLD_SIZE")
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the other processes that torchrun started, if it did; yields the device of this one."""
+    if is_alone():
+        yield device
+        return
+    check_variables()
     backend = "gloo"
     if device.type == "cuda":
         backend = "nccl"

@@ -13,12 +13,12 @@ if sys.platform != "win32":
 
 
 @contextmanager
-def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Nobody else has the lock of a folder meanwhile, which is made if need be. InputError, `refusal`, where one has.
+def locked(folder: Path, refusal: str, name: str = ".lock") -> Iterator[None]:
+    """Nobody else has a lock of a folder meanwhile, which is made if need be. InputError, `refusal`, where one has.
 
     A file system without locks (and Windows) is trusted.
     """
-    path = folder / ".lock"
+    path = folder / name
     check_regular(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -14,17 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Lines, finished, hashes, jobs_of, prompts, write
 from command_line import Refine, assert_one_line, pixels, process, settings
 from killing import killed_before
 from PIL import Image
 from safetensors.torch import save_file
 
 from sdxl_ref.cli import main
-from sdxl_ref.running.record import entries
 from sdxl_ref.weights.checkpoint import Checkpoint
 
 Capture = pytest.CaptureFixture[str]
-Lines = list[dict[str, Any]]
 
 
 @pytest.fixture
@@ -47,25 +44,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def write(lines: Lines, path: str = "jobs.jsonl") -> str:
-    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def prompts(count: int) -> Lines:
-    return [{"prompt": f"a barn, number {i}", "seed": i} for i in range(count)]
-
-
-def hashes(folder: str = "out") -> dict[str, str]:
-    """Of every picture by its name: of the file, settings included."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).glob("**/*.png")}
-
-
-def jobs_of(folder: str = "out") -> Counter[str]:
-    """How often the record says of each job that it was finished."""
-    return Counter(entry["job"] for _, entry in entries(Path(folder)) if "job" in entry)
-
-
 # --- what is made -------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +62,7 @@ def test_a_job_is_what_its_command_makes(base: list[str], refine: Refine, loads:
     assert main(["batch", write(lines), "--out", "out", *shared]) == 0
     assert "wrote 4 of 4 jobs to out" in capsys.readouterr().out
     assert loads == {Path(base[1]).name: 1, Path(checkpoint).name: 1}
-    made = {entry["options"]["prompt"]: entry["pictures"] for _, entry in entries(Path("out")) if "job" in entry}
+    made = {entry["options"]["prompt"]: entry["pictures"] for entry in finished()}
     generate = ["generate", *base[:6], "--steps", "2", "--plain"]
     options = ["--seed", "3", "--guidance-scale", "2", "--karras", "--out", "barn.png"]
     assert main([*generate, "--prompt", "a barn", *options]) == 0
