@@ -24,9 +24,9 @@ def hashes(folder: str = "out") -> dict[str, str]:
 
 
 def finished(folder: str = "out") -> Lines:
-    """What the records say of finished jobs."""
+    """What the records say of finished jobs, in lines that are whole."""
     lines = [line for path in Path(folder).glob("record*.jsonl") for line in path.read_text().splitlines()]
-    return [entry for entry in map(json.loads, lines) if "pictures" in entry]
+    return [entry for entry in map(json.loads, (line for line in lines if line.endswith("}"))) if "pictures" in entry]
 
 
 def jobs_of(folder: str = "out") -> Counter[str]:

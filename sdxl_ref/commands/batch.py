@@ -209,27 +209,26 @@ class Batch:
 
         open_pieces = [piece for piece in self.pieces if any(job.name in self.missing for job in piece)]
         lines = {job.name: job.line for piece in open_pieces for job in piece}
-        for failures in done_on_ray(open_pieces, self.settings, self.a.ray) if open_pieces else ():
-            for name, error in failures:
-                tqdm.write(f"line {lines[name]}: {error}", file=sys.stderr)
-            self.record.refresh()
-            before = len(self.missing)
-            self.missing = {name for name in self.missing if name not in self.record.done}
-            yield before - len(self.missing)
+        for outcomes in done_on_ray(open_pieces, self.settings, self.a.ray) if open_pieces else ():
+            for name, error in outcomes:
+                if error:
+                    tqdm.write(f"line {lines[name]}: {error}", file=sys.stderr)
+                else:
+                    self.missing.discard(name)
+            yield sum(not error for _, error in outcomes)
 
     def finish(self) -> int:
         """Write the page, say what was not done, and return the exit status."""
         self.record.refresh()
-        made, failed = self.record.done, self.record.failed
         own = {job.name for piece in self.pieces for job in piece}
         jobs = [entry.job for entry in self.jobs.entries]
-        lost = [
-            (job.line, failed.get(job.name, "not done")) for job in jobs if job.name in own and job.name not in made
-        ]
+        made = {job.name for job in jobs if self.record.is_done(job.name)}
+        missing = [job for job in jobs if job.name in own - made]
+        lost = [(job.line, self.record.failed.get(job.name, "not done")) for job in missing]
         failures = [f"line {line}: {error}" for line, error in sorted(self.jobs.errors + lost)]
         shown = [job for job in jobs if job.name in made]
         page = self.a.out / "index.html"
-        index_page.write(page, ((made[job.name], job.options) for job in shown), len(shown), failures)
+        index_page.write(page, ((self.record.done[job.name], job.options) for job in shown), len(shown), failures)
         print(f"wrote {len(own) - len(lost)} of {len(own)} jobs to {self.a.out}, see {page}")
         for failure in failures[:SHOWN]:
             print(f"sdxl-ref: error: {failure}", file=sys.stderr)

@@ -14,44 +14,45 @@ from sdxl_ref.config import InputError, nearest
 
 OF_ALL = ("device", "compile", "plain", "low_memory")  # options that a batch has once, for all of its jobs
 RESULTS = ("out", "save_latents")
+OF_PICTURE = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")  # in a request too: what each picture has
+OWN = (*OF_PICTURE, "seed", "image", "mask")  # in which jobs differ that can be done together
 COMMANDS: dict[str, Any] = {"refine": refine, "generate": generate}
 
 
 class Options:
-    """The options of one of the commands: how each is read, and its default."""
+    """The options of one of the commands: how each is read, its default, and what all jobs of a batch share."""
 
-    def __init__(self, command: str) -> None:
-        self.command = command
-        self.of = COMMANDS[command]
+    def __init__(self, command: str, shared: Mapping[str, Any]) -> None:
         self.parser = argparse.ArgumentParser(prog=command, add_help=False)
-        self.of.arguments(self.parser)
+        COMMANDS[command].arguments(self.parser)
         self.actions = {action.dest: action for action in self.parser._actions}
-        self.defaults = {name: self.parser.get_default(name) for name in self.actions}
+        self.usable = [name for name in self.actions if name not in (*OF_ALL, "out")]
+        self.required = [name for name, action in self.actions.items() if action.required]
+        self.misplaced = [name for name in shared if name not in self.actions]
+        defaults = {name: self.parser.get_default(name) for name in self.actions}
+        self.values = {**defaults, **shared, "command": command}
 
-    def usable(self) -> list[str]:
-        return [name for name in self.actions if name not in (*OF_ALL, "out")]
-
-    def arguments(self, shared: Mapping[str, Any], *given: Mapping[str, Any]) -> argparse.Namespace:
+    def arguments(self, *given: Mapping[str, Any]) -> argparse.Namespace:
         """The command's arguments: its defaults, those that all jobs share, then the job's own, the last one first.
 
         Of an option that may be repeated all values count. InputError for what is no option, or no value of one.
         """
-        values = {name: list(value) if isinstance(value, list) else value for name, value in self.defaults.items()}
-        values |= {name: list(value) if isinstance(value, list) else value for name, value in shared.items()}
-        for name in shared:
-            if name not in self.actions:
-                raise InputError(f"--{name.replace('_', '-')} is of no use to a job of {self.command}: leave it out")
+        for name in self.misplaced:
+            raise InputError(f"--{name.replace('_', '-')} is of no use to a job of {self.parser.prog}: leave it out")
+        values = dict(self.values)
         for options in given:
             for name, value in options.items():
                 action = self.action(name)
                 if value is not None:
                     read = value_of(self.parser, action, value)
                     repeats = isinstance(action, argparse._AppendAction)
-                    values[action.dest] = values[action.dest] + read if repeats else read
-        for name, action in self.actions.items():
-            if action.required and values[name] is None:
+                    values[action.dest] = [*values[action.dest], *read] if repeats else read
+        for name in self.required:
+            if values[name] is None:
                 raise InputError(f"expected {name}, found none: give it in the list, or for all jobs by --{name}")
-        return argparse.Namespace(**values, command=self.command)
+        arguments = argparse.Namespace()
+        vars(arguments).update(values)
+        return arguments
 
     def action(self, name: str) -> argparse.Action:
         known = name.replace("-", "_")
@@ -59,17 +60,15 @@ class Options:
             raise InputError(f"{name}: a batch names its pictures itself, in the folder of its own --out")
         if known in OF_ALL and known in self.actions:
             raise InputError(f"{name} is the same for all jobs: give it on the command line")
-        if known not in self.usable():
-            raise InputError(f"unknown option {name!r} of {self.command}{nearest(known, self.usable())}")
+        if known not in self.usable:
+            raise InputError(f"unknown option {name!r} of {self.parser.prog}{nearest(known, self.usable)}")
         return self.actions[known]
 
 
-def arguments_of(
-    readers: Mapping[str, Options], shared: Mapping[str, Any], given: Sequence[Mapping[str, Any]]
-) -> argparse.Namespace:
+def arguments_of(readers: Mapping[str, Options], given: Sequence[Mapping[str, Any]]) -> argparse.Namespace:
     """Those of a job: of refine where it has an image, else of generate. InputError as of `Options.arguments`."""
     has_image = any(options.get("image") is not None for options in given)
-    return readers["refine" if has_image else "generate"].arguments(shared, *given)
+    return readers["refine" if has_image else "generate"].arguments(*given)
 
 
 def value_of(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
@@ -107,7 +106,7 @@ def add_shared_options(p: argparse.ArgumentParser) -> None:
     """Every option of both commands; only those that are given become arguments."""
     own = {action.dest for action in p._actions}
     for command in COMMANDS:
-        for action in Options(command).actions.values():
+        for action in Options(command, {}).actions.values():
             if action.option_strings and action.dest not in (*own, *RESULTS):
                 shared = copy(action)
                 shared.default = argparse.SUPPRESS
@@ -134,7 +133,16 @@ def products(parser: argparse.ArgumentParser, texts: Sequence[str]) -> list[dict
     return [{name: word for name, word in row.items() if word != WITHOUT} for row in rows]
 
 
-def name_of(arguments: argparse.Namespace) -> str:
-    """A name for a job, by a hash of everything that its pictures depend on: equal jobs have equal names."""
-    options = {name: value for name, value in vars(arguments).items() if name not in (*OF_ALL, *RESULTS)}
-    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def digest_of(arguments: argparse.Namespace) -> str:
+    """A hash of all that pictures depend on and that is not each job's own."""
+    names = sorted(vars(arguments).keys() - {*OF_ALL, *RESULTS, *OWN})
+    return hashed([(name, getattr(arguments, name)) for name in names])
+
+
+def name_of(digest: str, arguments: argparse.Namespace) -> str:
+    """A name for a job, from that hash and what is its own: equal jobs have equal names."""
+    return hashed([digest, *(getattr(arguments, name, None) for name in OWN)])[:16]
+
+
+def hashed(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
-from sdxl_ref.commands.job_options import COMMANDS, Options, arguments_of, name_of, products
+from sdxl_ref.commands.job_options import COMMANDS, OWN, Options, arguments_of, digest_of, name_of, products
 from sdxl_ref.commands.worker import ADAPTERS, WEIGHTS, Job, kind_of, values
 from sdxl_ref.config import InputError
 from sdxl_ref.running import job_list
@@ -23,17 +23,18 @@ class Jobs:
 
     def __init__(self, a: argparse.Namespace, shared: Mapping[str, Any]) -> None:
         self.shared = shared
-        self.readers = {command: Options(command) for command in COMMANDS}
+        self.readers = {command: Options(command, shared) for command in COMMANDS}
+        self.kinds: dict[str, tuple[str, tuple[int, int]]] = {}  # by the options that are not a job's own
+        self.numbers: dict[Any, int] = {}  # of models and of kinds
         self.errors: list[tuple[int, str]] = []
         self.entries: list[Entry] = []  # in the list's order
         self.twins = 0
         combinations = products(a.parser, a.over)
         names: set[str] = set()
-        numbers: dict[Any, int] = {}
         for line in job_list.read(a.jobs):
             for over in combinations:
                 try:
-                    job, keys = self.read(line, over)
+                    job, order = self.read(line, over)
                 except InputError as error:
                     self.errors.append((line.number, str(error)))
                     break
@@ -41,17 +42,23 @@ class Jobs:
                     self.twins += 1
                     continue
                 names.add(job.name)
-                model, kind = (numbers.setdefault(key, len(numbers)) for key in keys)
-                self.entries.append(Entry(job, (model, kind)))
+                self.entries.append(Entry(job, order))
 
-    def read(self, line: job_list.Line, over: Mapping[str, str]) -> tuple[Job, tuple[Any, Any]]:
-        """The job of a line, and what its model and its kind are. InputError for what is wrong with it."""
+    def read(self, line: job_list.Line, over: Mapping[str, str]) -> tuple[Job, tuple[int, int]]:
+        """The job of a line, and the numbers of its model and its kind. InputError for what is wrong with it."""
         if line.error:
             raise InputError(line.error)
         given = (line.options, over) if over else (line.options,)
-        arguments = arguments_of(self.readers, self.shared, given)
-        keys = values(arguments, (*WEIGHTS, ADAPTERS)), kind_of(arguments)
-        return Job(name_of(arguments), line.number, given), keys
+        arguments = arguments_of(self.readers, given)
+        others = [(name, value) for options in given for name, value in options.items() if name not in OWN]
+        lacks = tuple(getattr(arguments, name, None) is None for name in OWN)
+        key = repr((arguments.command, lacks, others))
+        if key not in self.kinds:
+            keys = values(arguments, (*WEIGHTS, ADAPTERS)), kind_of(arguments)
+            model, kind = (self.numbers.setdefault(key, len(self.numbers)) for key in keys)
+            self.kinds[key] = digest_of(arguments), (model, kind)
+        digest, order = self.kinds[key]
+        return Job(name_of(digest, arguments), line.number, given), order
 
     def pieces(self, size: int) -> list[list[Job]]:
         """At most so many jobs of one kind together; pieces of one model in a row. Equal lists have equal pieces."""

@@ -11,7 +11,7 @@ from sdxl_ref.config import InputError
 
 
 def done_on_ray(pieces: Sequence[Sequence[Job]], settings: Settings, address: str) -> Iterator[list[tuple[str, str]]]:
-    """Do pieces by actors, each a `Worker` with its own models; yields what failed of each piece: name and reason.
+    """Do pieces by actors, each a `Worker` with its own models; yields of each piece its jobs, and what was wrong.
 
     `address` is that of a cluster, "auto" for the one that this machine belongs to, or "" for one of this machine's
     own. There are as many actors as have a GPU each, or the threads of a CPU. An actor that is lost is begun anew, and
@@ -37,7 +37,7 @@ def done_on_ray(pieces: Sequence[Sequence[Job]], settings: Settings, address: st
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
         options: dict[str, Any] = {"fn_constructor_args": (settings, None), "batch_size": 1, "compute": pool}
         for row in data.map_batches(Worker, **options, **wants).iter_rows():
-            yield [(name, error) for name, error in json.loads(row["failures"])]
+            yield [(name, error) for name, error in json.loads(row["outcomes"])]
     finally:
         ray.shutdown()
 

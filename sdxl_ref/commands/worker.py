@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdxl_ref.commands import common
-from sdxl_ref.commands.job_options import COMMANDS, Options, arguments_of
+from sdxl_ref.commands.job_options import COMMANDS, OF_PICTURE, OWN, Options, arguments_of
 from sdxl_ref.commands.memory import SIGNS
 from sdxl_ref.config import InputError
 from sdxl_ref.pipelines.request import Request
@@ -23,7 +23,6 @@ from sdxl_ref.running.record import Record
 MODELS = ("command", "checkpoint", "base", "refiner", "variant", "vae")  # arguments by which files are opened
 WEIGHTS = (*MODELS, "dtype", "vae_dtype", "prediction", "embedding", "low_memory", "compile", "plain")
 ADAPTERS = "lora"
-OF_PICTURE = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")  # and of a request: what each picture has
 NO_MEMORY = "memory is not enough for it: ask for less, as --dtype bfloat16, a smaller picture, --tile or --low-memory"
 
 
@@ -87,7 +86,7 @@ class Worker:
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.device = common.pick_device(settings.device)
-        self.readers = {command: Options(command) for command in COMMANDS}
+        self.readers = {command: Options(command, settings.shared) for command in COMMANDS}
         self.kept: dict[str, tuple[Any, Any]] = {}  # the last value of each kind, with what it was made of
         self.record = Record(settings.folder, f"actor-{uuid.uuid4().hex[:12]}" if name is None else name)
         self.record.begin(settings.recorded())
@@ -103,19 +102,19 @@ class Worker:
         planned = []
         for job in missing if self.settings.batch_invariant or not missing else jobs:
             try:
-                planned.append(self.plan(job, arguments_of(self.readers, self.settings.shared, job.given)))
+                planned.append(self.plan(job, arguments_of(self.readers, job.given)))
             except InputError as error:
                 yield self.fail(job, str(error))
         for same in alike(planned):
             yield from self.paint(same)
 
     def __call__(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """Do pieces of work that come as rows of JSON, as Ray Data hands them over, and return what failed likewise."""
-        failures = []
+        """Do pieces of work that come as rows of JSON, as Ray Data hands them over, and return what came of them."""
+        results = []
         for row in rows["piece"]:
             outcomes = self.work([Job(*job) for job in json.loads(row)])
-            failures.append(json.dumps([(outcome.job.name, outcome.error) for outcome in outcomes if outcome.error]))
-        return {"failures": failures}
+            results.append(json.dumps([(outcome.job.name, outcome.error) for outcome in outcomes]))
+        return {"outcomes": results}
 
     def close(self) -> None:
         self.record.close()
@@ -233,8 +232,7 @@ def alike(planned: Sequence[Planned]) -> list[list[Planned]]:
 
 def kind_of(a: argparse.Namespace) -> Any:
     """What jobs that can be one run agree in, but for the size of a picture."""
-    own = (*OF_PICTURE, "seed", "image", "mask", "save_latents")
-    shared = values(a, [name for name in vars(a) if name not in own])
+    shared = values(a, [name for name in vars(a) if name not in (*OWN, "save_latents")])
     return shared, tuple(getattr(a, name, None) is None for name in (*OF_PICTURE, "mask"))
 
 

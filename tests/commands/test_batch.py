@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from killing import killed_before
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdxl_ref.cli import main
+from sdxl_ref.cli import main, parser
+from sdxl_ref.commands.batch import NEVER_SHARED
+from sdxl_ref.commands.jobs import Jobs
+from sdxl_ref.running.record import Record
 from sdxl_ref.weights.checkpoint import Checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -307,3 +312,36 @@ def test_a_process(base: list[str]) -> None:
     assert done.returncode == 0
     assert "job" not in done.stderr
     assert "batch: 2 jobs; 0 done before; 1 threads" in done.stdout
+
+
+@pytest.mark.sweep
+def test_a_hundred_thousand_lines(base: list[str]) -> None:
+    """What it takes to begin, and that a job's line in the record costs the same at the end."""
+    count = 100_000
+    words = ["batch", write(prompts(count)), "--out", "out", *base]
+    Path("out").mkdir()
+    record = Record(Path("out"))
+    record.begin({"threads": 1, "batch_invariant": True})
+    a = parser(words).parse_args(words)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    jobs = Jobs(a, {name: value for name, value in vars(a).items() if name not in NEVER_SHARED})
+    pieces = jobs.pieces(1)
+    seconds = time.perf_counter() - began
+    memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert len(pieces) == count
+    costs = []
+    for piece in pieces:
+        began = time.perf_counter()
+        record.refresh()
+        record.finish(piece[0].name, [f"{piece[0].name}.png"], piece[0].options)
+        costs.append(time.perf_counter() - began)
+    record.close()
+    first, last = (statistics.median(some) for some in (costs[:5000], costs[-5000:]))
+    began = time.perf_counter()
+    assert len(Record(Path("out")).done) == count
+    reading = time.perf_counter() - began
+    print(f"{count} lines: {seconds:.1f} s and {memory / 1e6:.0f} MB to begin, {reading:.1f} s to read a full record")
+    print(f"a job's line: {1e6 * first:.0f} us at first, {1e6 * last:.0f} us in the end")
+    assert last <= 1.5 * first
+    assert memory <= 300e6
