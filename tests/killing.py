@@ -12,20 +12,28 @@ import torch
 CHANGES = ("open", "os.chmod", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym", "shutil.rmtree")
 
 
-def signal_of(work: Callable[[], object], prepare: Callable[[], object]) -> int:
-    """Do work in a child process, where `prepare` may have set a trap; the signal that killed it, 0 where none did."""
+def forked(work: Callable[[], object]) -> int:
+    """A child process that does work and ends with the status that this returns, 0 for None; its number."""
     child = os.fork()
     if child == 0:
         try:
             torch.set_num_threads(1)  # the others did not come along
-            prepare()
-            work()
-            os._exit(0)
+            os._exit(int(work() or 0))  # type: ignore[call-overload]
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(1)
-    _, status = os.waitpid(child, 0)
+    return child
+
+
+def signal_of(work: Callable[[], object], prepare: Callable[[], object]) -> int:
+    """Do work in a child process, where `prepare` may have set a trap; the signal that killed it, 0 where none did."""
+
+    def prepared() -> None:
+        prepare()
+        work()
+
+    _, status = os.waitpid(forked(prepared), 0)
     code = os.waitstatus_to_exitcode(status)
     assert code <= 0, "the work failed before it was killed"
     return -code
