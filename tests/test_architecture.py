@@ -81,6 +81,7 @@ REGISTRIES = {  # the modules that import what was asked for, and what that can 
     },
     "commands.room": {"pipelines.memory_plan"},  # where memory is not plenty
     "commands.speed": {"pipelines.compiled"},  # of `--compile`
+    "commands.train": {"training.sharded"},  # of `--sharded`: FSDP takes a second to import
     "cli": {"commands.memory", "commands.misspelt"},  # an error that may be the memory's; a word that is not known
     "pipelines.calling": {"text.markup"},  # other tools'
     "pipelines.recording": {"pictures.watermark"},  # of a run that has one

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from sdxl_ref.weights.checkpoint_saving import save_checkpoint
 
 CAPTIONS = ("a red cup", "a blue cup", "two cups", "no cup")
 SERVER: Any = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sdxl_ref.commands.train", "torch._dynamo"])  # which an optimizer imports
+# the first two are imported by a run, and the last one by an optimizer
+SERVER.set_forkserver_preload(["sdxl_ref.commands.train", "sdxl_ref.training.sharded", "torch._dynamo"])
 
 
 def save_model(path: Path, kind: str = "refiner", dtype: torch.dtype = torch.float32) -> Path:
@@ -80,22 +81,27 @@ def run_command(words: Sequence[str], environment: Mapping[str, str], output: Pa
         sys.exit(main(words))
 
 
-def start(words: Sequence[str], output: Path, **environment: str) -> BaseProcess:
+def start(
+    words: Sequence[str], output: Path, target: Callable[..., None] = run_command, **environment: str
+) -> BaseProcess:
     """Start `sdxl-ref` in a process of its own."""
-    process: BaseProcess = SERVER.Process(target=run_command, args=(list(words), environment, output))
+    process: BaseProcess = SERVER.Process(target=target, args=(list(words), environment, output))
     process.start()
     return process
 
 
-def start_two(words: Sequence[str], folder: Path) -> list[BaseProcess]:
+def start_two(
+    words: Sequence[str], folder: Path, target: Callable[..., None] = run_command, **environment: str
+) -> list[BaseProcess]:
     """Start two processes of one run, as torchrun would; they print into `0.txt` and `1.txt` of a folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+        environment |= address
     folder.mkdir(exist_ok=True)
     processes = []
     for rank in ("0", "1"):
-        processes.append(start(words, folder / f"{rank}.txt", RANK=rank, LOCAL_RANK=rank, **address))
+        processes.append(start(words, folder / f"{rank}.txt", target, RANK=rank, LOCAL_RANK=rank, **environment))
     return processes
 
 

@@ -22,6 +22,7 @@ from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import dtypes_of as dtypes_of
 from sdxl_ref.weights.report import sources_of
 from sdxl_ref.weights.stated_config import config_from_json, config_to_json
+from sdxl_ref.weights.streaming import HASH_KEY, Entry, total, write_file
 from weights_convert import folder_files
 from weights_convert.entries import Report as Report
 from weights_convert.entries import entry as entry
@@ -30,7 +31,6 @@ from weights_convert.entries import save as save
 from weights_convert.folder_settings import configurations_for, in_words, tokenizers_of, unusual_settings
 from weights_convert.lone_parts import Part, part_of, part_to_file, part_to_folder
 from weights_convert.parts import separate_part
-from weights_convert.stream import HASH_KEY, Entry, total, write_file
 from weights_convert.targets import check_apart, check_target, named_in_pipeline, writing_folder
 
 LAYOUTS = ("official", "diffusers")

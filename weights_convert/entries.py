@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sdxl_ref.weights.checkpoint import Checkpoint
 from sdxl_ref.weights.folder import EXTRAS_FILE
 from sdxl_ref.weights.layouts import Rule
-from weights_convert.stream import Entry, total, write_file
+from sdxl_ref.weights.streaming import Entry, total, write_file
 from weights_convert.targets import check_target, writing_file
 
 Read = Callable[[str], Tensor]

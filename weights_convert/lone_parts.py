@@ -19,10 +19,10 @@ from sdxl_ref.weights.layouts import Rule, part_rules
 from sdxl_ref.weights.lone_parts import PREFIX_KEY, LonePart
 from sdxl_ref.weights.report import dtypes_of, sources_of
 from sdxl_ref.weights.stated_config import config_from_json, config_to_json
+from sdxl_ref.weights.streaming import HASH_KEY, Entry, total, write_file
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 from weights_convert.entries import Read, Report, lines_on_the_rest, part_entries, progress_bar, save
 from weights_convert.folder_files import Json, config_name, part_config, weights_name, write_json
-from weights_convert.stream import HASH_KEY, Entry, total, write_file
 from weights_convert.targets import PART_CONFIG, check_target, named_in_part, writing_folder
 
 

@@ -18,8 +18,8 @@ from sdxl_ref.weights.identity import KNOWN_FILES
 from sdxl_ref.weights.lone_parts import find_lone_part, open_part
 from sdxl_ref.weights.opening import open_checkpoint
 from sdxl_ref.weights.report import HEADER_LENGTH, dtypes_of
+from sdxl_ref.weights.streaming import HASH_KEY
 from sdxl_ref.weights.tensor_files import sha256_of
-from weights_convert.stream import HASH_KEY
 
 Json = dict[str, Any]
 

@@ -1,7 +1,8 @@
 """Fine-tuning: the loss of a cached batch, for a UNet in full, or for a LoRA on it and on the text encoders.
 
 Several processes (`torchrun`) share each step: all draw the same batch, each computes its part of it, and
-DistributedDataParallel averages the gradients, so that n processes with batches of b make the step of one with n * b.
+DistributedDataParallel averages the gradients (of a UNet in shards FSDP does, `sharded.py`), so that n processes with
+batches of b make the step of one with n * b.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ class FineTuningLoss(nn.Module):
         weight = next(unet.parameters())
         context, pooled = self.text(batch, corruption.dropped)
         latents = (batch.mean + batch.std * unit_noise).to(weight.device)
-        conditioning = conditioning_of(context.to(weight), pooled.to(weight.device), batch.numbers)
+        conditioning = conditioning_of(context.to(weight.device, weight.dtype), pooled.to(weight.device), batch.numbers)
         return self.objective.weighted_loss(unet, latents, corruption, conditioning)
 
     def text(self, batch: CachedBatch, dropped: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,9 @@ class Run:
     their gradients: `step_loss` calls it.
     """
 
+    state_name = STATE
+    caches_casts = True  # autocast keeps a weight's cast for a further use in the same forward pass
+
     def __init__(
         self,
         module: nn.Module,
@@ -103,7 +106,7 @@ class Run:
         self.replicas = replicas
         self.leads = this_process().leads
         self.identity = json.loads(json.dumps({"settings": asdict(settings), **identity}))
-        self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.weights = self._learned_weights()
         if not self.weights:
             raise InputError("nothing to train: no parameter of the module requires a gradient")
         self.averaged: dict[str, Tensor] = {}
@@ -114,6 +117,7 @@ class Run:
         )
         self.step = 0
         self.is_consistent = True  # False while a step changes the weights
+        self.is_stopping = False  # True once a process was told to stop and all have heard of it
         self._open_folder()
 
     def train(self, step_loss: StepLoss, save_every: int = 1000, stop: int | None = None) -> Iterator[int]:
@@ -136,19 +140,32 @@ class Run:
                     if self.leads:
                         writer.writerow(self._log_row(metrics, time.perf_counter() - start))
                         log.flush()
-                    if signals:
+                    if self._stops(signals):
                         raise KeyboardInterrupt
                     if self.step % save_every == 0 and self.step < last:
                         self.save()
                     yield self.step
-            finally:
-                if self.is_consistent:
+            except BaseException as error:
+                if self.is_consistent and self._can_save_after(error):
                     self.save()
+                raise
+            self.save()
 
     def save(self) -> None:
         """Write weights, averaged weights and the optimizer's moments in the place of an older state."""
-        if not self.leads:
-            return
+        if self.leads:
+            write_tensors(self.folder / STATE, self._tensors(), self._facts())
+
+    def averages(self) -> Mapping[str, Tensor]:
+        """The averaged weights, of the shapes of the module's own."""
+        return self.averaged
+
+    def _learned_weights(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the state holds, by name."""
         state: dict[str, Tensor] = {}
         for name, p in self.weights.items():
             state[f"weights.{name}"] = p.detach().contiguous()
@@ -158,19 +175,27 @@ class Run:
                     state[f"{moment}.{name}"] = moments[moment].contiguous()
         for name, average in self.averaged.items():
             state[f"averaged.{name}"] = average.contiguous()
-        write_tensors(self.folder / STATE, state, {"step": str(self.step), "identity": json.dumps(self.identity)})
+        return state
+
+    def _facts(self) -> dict[str, str]:
+        """What the state says of itself."""
+        return {"step": str(self.step), "identity": json.dumps(self.identity)}
+
+    def _can_save_after(self, error: BaseException) -> bool:
+        """Whether the state is saved when an error ends the run."""
+        return True
 
     def _open_folder(self) -> None:
         """Resume from the state in the folder, or make the folder this run's own, as long as there is room for it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        has_state = (self.folder / STATE).exists()
+        has_state = (self.folder / self.state_name).exists()
         if has_state:
             self._resume()
         if self.leads:
             truncate_log(self.folder, self.step)
             clear(self.folder)
-            if not has_state:
-                self.save()
+        if not has_state:
+            self.save()
 
     def _resume(self) -> None:
         """Read step, weights, averaged weights and moments. InputError where the state is of another run or model."""
@@ -194,7 +219,7 @@ class Run:
     def _advance(self, step_loss: StepLoss, signals: Signals) -> Metrics:
         """One step of the optimizer. InputError where the loss or the gradient is not finite: then nothing changes."""
         loss = self._agree(self._backward(step_loss), signals)
-        norm = float(nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip))
+        norm = self._clip()
         self._check_finite("loss", loss)
         self._check_finite("gradients' norm", norm)
         rate = self.settings.rate(self.step)
@@ -207,6 +232,10 @@ class Run:
         self._average()
         self.is_consistent = True
         return Metrics(loss, norm, rate)
+
+    def _clip(self) -> float:
+        """The norm of all gradients together, before they are made shorter where it is too large."""
+        return float(nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip))
 
     def _backward(self, step_loss: StepLoss) -> Tensor:
         """The gradients of the step's batches, and their mean loss (0-d)."""
@@ -230,7 +259,7 @@ class Run:
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         dtype = getattr(torch, self.settings.autocast or "bfloat16")
-        return torch.autocast(device.type, dtype, enabled=bool(self.settings.autocast))
+        return torch.autocast(device.type, dtype, enabled=bool(self.settings.autocast), cache_enabled=self.caches_casts)
 
     def _agree(self, loss: Tensor, signals: Signals) -> float:
         """The mean loss of all processes; and if one of them is to stop, all are."""
@@ -238,9 +267,12 @@ class Run:
             return float(loss)
         sums = torch.stack([loss / distributed.get_world_size(), torch.full_like(loss, len(signals))])  # (2,)
         distributed.all_reduce(sums)
-        if sums[1] and not signals:
-            signals.append(signal.SIGTERM)
+        self.is_stopping = bool(sums[1])
         return float(sums[0])
+
+    def _stops(self, signals: Signals) -> bool:
+        """Whether this was the last step: of several processes only as all know it, or one would leave the others."""
+        return self.is_stopping if distributed.is_initialized() else bool(signals)
 
     def _check_finite(self, quantity: str, value: float) -> None:
         if math.isfinite(value):

@@ -8,11 +8,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sdxl_ref.config import InputError
 from sdxl_ref.training.state import locked
+from sdxl_ref.weights.folder_saving import replacing_folder
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 PATIENCE = timedelta(hours=12)  # of a process for another one, which may be encoding a large data set
@@ -51,22 +52,34 @@ def check_variables() -> None:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes that torchrun started, if it did; yields the device of this one."""
-    if is_alone():
+def process_group(device: torch.device, is_needed: bool = False) -> Iterator[torch.device]:
+    """Join the other processes that torchrun started, if it did; yields the device of this one.
+
+    `is_needed`: a process that is alone makes a group of its own.
+    """
+    if is_alone() and not is_needed:
         yield device
         return
-    check_variables()
-    backend = "gloo"
-    if device.type == "cuda":
-        backend = "nccl"
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    start_group(device)
     try:
-        yield device
+        yield torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
     finally:
         distributed.destroy_process_group()
+
+
+def start_group(device: torch.device) -> None:
+    """Join a group, with the device that torchrun says. InputError where it does not say all."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if is_alone():
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        return
+    check_variables()
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(backend, timeout=PATIENCE)
 
 
 def is_lost_process(error: BaseException) -> bool:
@@ -99,6 +112,36 @@ def locked_for_all(folder: Path) -> Iterator[None]:
             if this_process().leads:
                 locks.enter_context(locked(folder))
         yield
+
+
+@contextmanager
+def replacing_folder_for_all(target: Path) -> Iterator[Path]:
+    """A folder for all processes to write in; once all have, it takes the target's place, see `replacing_folder`.
+
+    InputError where not all of them see it.
+    """
+    path: list[Path | None] = [None]
+    with ExitStack() as stack:
+        with first_alone():
+            if this_process().leads:
+                beside = stack.enter_context(replacing_folder(target))
+                beside.mkdir()
+                path = [beside]
+        distributed.broadcast_object_list(path)
+        assert path[0] is not None
+        are_there: list[bool | None] = [None] * this_process().count
+        distributed.all_gather_object(are_there, path[0].is_dir())
+        if not all(are_there):
+            raise InputError(f"expected {target.parent} on a disk that all processes share: choose another --out")
+        yield path[0]
+        distributed.barrier()
+        with first_alone():
+            stack.close()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a part (a DTensor), gathered in each of them; another one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def replicate(loss: nn.Module, some_unused: bool) -> DistributedDataParallel | None:

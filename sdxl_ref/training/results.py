@@ -1,17 +1,22 @@
 """What a fine-tuning run leaves: an adapter in two forms, or a whole checkpoint in the official layout."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from sdxl_ref.adapters import writing
 from sdxl_ref.config import InputError, ModelConfig
 from sdxl_ref.training.adapters import learned
+from sdxl_ref.training.processes import this_process, whole
 from sdxl_ref.weights.checkpoint import Checkpoint, prefixes
 from sdxl_ref.weights.dtypes import is_finite
 from sdxl_ref.weights.file_saving import write_tensors
 from sdxl_ref.weights.folder_scheduler import metadata_of
+from sdxl_ref.weights.saving import replacing
+from sdxl_ref.weights.streaming import HASH_KEY, Entry, write_file
 
 ADAPTERS = {"kohya": "lora_kohya.safetensors", "peft": "lora_peft.safetensors"}
 CHECKPOINT = "finetuned.safetensors"
@@ -38,18 +43,35 @@ def write_adapter(
 def write_checkpoint(folder: Path, source: Checkpoint, unet: nn.Module, averaged: Mapping[str, Tensor]) -> Path:
     """The source with another UNet in its place: official layout, every tensor in the dtype that it had there.
 
-    `averaged` weights replace the UNet's own. InputError where a weight does not fit into its dtype.
+    `averaged` weights replace the UNet's own. Where these are shards, all processes gather one tensor after the other,
+    and the first one writes. InputError where a weight does not fit into its dtype.
     """
     path = folder / CHECKPOINT
     prefix = prefixes(source.config)["unet"]
+    weights = {prefix + name: weight for name, weight in (unet.state_dict() | dict(averaged)).items()}
+    metadata = {key: text for key, text in metadata_of(source).items() if key != HASH_KEY}
     with source.reader() as read:
-        state = {key: read(key) for key in source.shapes}  # mapped, not read
-        for name, weight in (unet.state_dict() | dict(averaged)).items():
-            key = prefix + name
-            dtype = state[key].dtype
-            state[key] = weight.to("cpu", dtype)
-            if not is_finite(state[key]):
-                raise InputError(f"{key} does not fit into {dtype}, the source's: train from a float32 file")
-        metadata = {key: text for key, text in metadata_of(source).items() if key != "modelspec.hash_sha256"}
-        write_tensors(path, {key: tensor.contiguous() for key, tensor in state.items()}, metadata)
+        dtypes = {key: read(key).dtype for key in source.shapes}  # mapped, not read
+        keys = sorted(
+            dtypes, key=lambda key: (-dtypes[key].itemsize, key)
+        )  # so that each lies at a multiple of its size
+        learned_tensors = gathered({key: weights[key] for key in keys if key in weights}, dtypes)
+        reads = {key: partial(next, learned_tensors) if key in weights else partial(read, key) for key in keys}
+        entries = [Entry(key, dtypes[key], source.shapes[key], reads[key]) for key in keys]
+        try:
+            if this_process().leads:
+                with replacing(path) as beside:
+                    write_file(beside, entries, metadata)
+        finally:
+            for _ in learned_tensors:  # the others wait for each tensor, also where nothing is written
+                pass
     return path
+
+
+def gathered(weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Iterator[Tensor]:
+    """Weights, whole and on the CPU, in these dtypes, one at a time. InputError where one does not fit into its own."""
+    for key, weight in weights.items():
+        tensor = whole(weight).to("cpu", dtypes[key])
+        if not is_finite(tensor):
+            raise InputError(f"{key} does not fit into {dtypes[key]}, the source's: train from a float32 file")
+        yield tensor

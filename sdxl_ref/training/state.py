@@ -10,11 +10,14 @@ from typing import Any
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import locking
+from sdxl_ref.weights.json_files import read_json
 from sdxl_ref.weights.regular import check_regular
 from sdxl_ref.weights.saving import replacing
 from sdxl_ref.weights.tensor_files import read_metadata
 
 STATE = "state.safetensors"
+SHARDS = "state.sharded"  # a folder, of a run in which each process keeps a shard: see `sharded.py`
+SHARDS_FACTS = "run.json"  # in it: what the metadata of the file STATE say, and the names of its files
 LOG = "log.csv"
 COLUMNS = ["step", "loss", "gradient_norm", "learning_rate", "seconds"]
 
@@ -24,22 +27,25 @@ def locked(folder: Path) -> AbstractContextManager[None]:
     return locking.locked(folder, f"another run is at work in {folder}: wait for its end, or use another folder")
 
 
-def check_same(folder: Path, identity: Mapping[str, object], partly: bool = False) -> dict[str, str]:
-    """The metadata of the state in a folder, empty if there is no state; InputError where it is of another run.
+def check_same(folder: Path, identity: Mapping[str, object], partly: bool = False, name: str = STATE) -> dict[str, Any]:
+    """What the state in a folder says of itself, empty if there is no state; InputError where it is of another run.
 
-    `partly`: only the keys of `identity` are compared, because more of it is not known yet.
+    `partly`: only the keys of `identity` are compared, because more of it is not known yet. `name` is STATE or SHARDS.
     """
-    path = folder / STATE
+    other = STATE if name == SHARDS else SHARDS
+    if (folder / other).exists():
+        how = "without" if name == SHARDS else "with"
+        raise InputError(f"{folder} holds a run {how} --sharded: go on with the same, or use another folder")
+    path = folder / name
     if not path.exists():
         return {}
     check_regular(path)
     try:
-        metadata = read_metadata(path)
+        metadata = read_json(path / SHARDS_FACTS) if name == SHARDS else read_metadata(path)
         saved = dict(json.loads(metadata["identity"]))
         int(metadata["step"])
     except (ValueError, KeyError, TypeError) as error:
-        remedy = "delete it to start over, or use another folder"
-        raise InputError(f"{path} is no state of a run, or a damaged one ({error}): {remedy}") from error
+        raise damaged(path, error) from error
     current = json.loads(json.dumps(identity))
     keys = current if partly else current | saved
     for key in keys:
@@ -50,6 +56,12 @@ def check_same(folder: Path, identity: Mapping[str, object], partly: bool = Fals
                 f"{folder} holds a run with another {name} ({saved_value}), expected {current_value}: {remedy}"
             )
     return metadata
+
+
+def damaged(path: Path, reason: object) -> InputError:
+    """That a state cannot be read."""
+    remedy = "delete it to start over, or use another folder"
+    return InputError(f"{path} is no state of a run, or a damaged one ({reason}): {remedy}")
 
 
 def first_difference(name: str, saved: Any, current: Any) -> tuple[str, Any, Any]:

@@ -16,7 +16,8 @@ from training_runs import command, launch_torchrun, output_of, save_pictures, st
 
 from sdxl_ref.cli import main
 from sdxl_ref.commands import train
-from sdxl_ref.training.processes import Process
+from sdxl_ref.config import InputError
+from sdxl_ref.training.processes import Process, process_group, replacing_folder_for_all
 from sdxl_ref.training.state import LOG, STATE
 
 BY_TORCHRUN = pytest.param("torchrun", marks=pytest.mark.sweep)
@@ -174,3 +175,21 @@ def test_half_of_torchruns_variables(
         monkeypatch.setenv("WORLD_SIZE", count)
         assert main(command(refiner_file, pictures, tmp_path)) == 2
         assert "expected torchrun's variables, found no RANK, LOCAL_RANK" in capsys.readouterr().err
+
+
+def test_a_folder_that_not_all_processes_see_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_seen(answers: list[bool], own: bool) -> None:
+        assert own
+        answers[0] = False  # as one on another machine says
+
+    with process_group(torch.device("cpu"), is_needed=True):
+        with replacing_folder_for_all(tmp_path / "state") as beside:
+            (beside / "rows").write_bytes(b"old")
+        monkeypatch.setattr(distributed, "all_gather_object", not_seen)
+        with (
+            pytest.raises(InputError, match=r"expected .* on a disk that all processes share"),
+            replacing_folder_for_all(tmp_path / "state"),
+        ):
+            raise AssertionError("nothing is to be written")
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert (tmp_path / "state" / "rows").read_bytes() == b"old"

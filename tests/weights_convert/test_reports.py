@@ -14,11 +14,11 @@ from sdxl_ref.config import InputError
 from sdxl_ref.weights import report
 from sdxl_ref.weights.identity import KNOWN_FILES
 from sdxl_ref.weights.opening import open_checkpoint
+from sdxl_ref.weights.streaming import HASH_KEY
 from sdxl_ref.weights.tensor_files import sha256_of
 from weights_convert.cli import main
 from weights_convert.convert import convert, model_spec
 from weights_convert.reports import diff
-from weights_convert.stream import HASH_KEY
 
 
 @pytest.fixture(scope="module")

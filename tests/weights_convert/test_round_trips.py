@@ -17,10 +17,10 @@ from sdxl_ref.weights.checkpoint import CONFIG_KEY, SETTINGS_KEY
 from sdxl_ref.weights.folder import EXTRAS_FILE
 from sdxl_ref.weights.opening import POCKET, open_checkpoint
 from sdxl_ref.weights.stated_config import config_from_json, config_to_json
+from sdxl_ref.weights.streaming import EMPTY_HASH, HASH_KEY
 from weights_convert.cli import main
 from weights_convert.convert import convert
 from weights_convert.reports import own_hash
-from weights_convert.stream import EMPTY_HASH, HASH_KEY
 
 
 def test_round_trip_is_bit_identical(official: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from sdxl_ref.config import InputError
+from sdxl_ref.weights import streaming as stream
 from sdxl_ref.weights.opening import open_checkpoint
-from weights_convert import stream
 from weights_convert.cli import main
 from weights_convert.convert import convert
 from weights_convert.targets import link_or_copy, named_in_pipeline

@@ -39,7 +39,7 @@ class Entry(NamedTuple):
         tensor = self.read()
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
             expected = f"expected {self.dtype} {self.shape}, found {tensor.dtype} {tuple(tensor.shape)}"
-            raise InputError(f"{self.name} changed while it was read: {expected}: convert it again")
+            raise InputError(f"{self.name} changed while it was read: {expected}: start again")
         return tensor
 
 
