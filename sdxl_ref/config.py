@@ -13,7 +13,6 @@ from typing import Any
 PREDICTIONS = ("epsilon", "v")
 NO_SIZES = ("activation", "scale_factor")
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], " ")  # characters that no line shows
-LONGEST = 600  # characters of a message
 
 
 class InputError(ValueError):
@@ -24,7 +23,7 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         text = super().__str__().translate(CONTROLS)
-        return text if len(text) <= LONGEST else f"{text[: LONGEST - 203]} … {text[-200:]}"
+        return text if len(text) <= 600 else f"{text[:397]} … {text[-200:]}"
 
 
 def nearest(word: object, words: Iterable[str]) -> str:

@@ -75,11 +75,12 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    options: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in options:
             raise ValueError(f"expected each option once, found {name!r} twice")
-    return dict(pairs)
+        options[name] = value
+    return options
 
 
 def refuse_constant(name: str) -> NoReturn:

@@ -16,12 +16,33 @@ Json = Any
 EXTREMES = [b"\x00", b"\xff", b"\x7f", b"\x80", b"\r\n", b'"', b"{", b"[" * 500, b"\xff" * 4, b"\x7f\xff\xff\xff"]
 EXTREMES += [struct.pack("<Q", n) for n in (0, 1, 99, 2**31, 2**63 - 1, 2**64 - 1)]
 WORDS = ["", "a", "é\u2028\x1b[31m\x00", "\udcff", "..", "../../x", "/dev/zero", "x" * 5_000, "null", "NaN", "1e999"]
-NUMBERS = [0, 1, -1, 2, 3, 64, 77, 10**4, 2**31, 2**63, 10**400, 0.0, -0.0, 0.5, 1e-300, 1e300, float("nan"), float("inf")]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    64,
+    77,
+    10**4,
+    2**31,
+    2**63,
+    10**400,
+    0.0,
+    -0.0,
+    0.5,
+    1e-300,
+    1e300,
+    float("nan"),
+    float("inf"),
+]
 NESTED: Json = []
 for _ in range(300):
     NESTED = [NESTED]
 VALUES: list[Json] = [*WORDS, *NUMBERS, None, True, False, [], {}, [[]], [None], [0] * 1_000, {"": {}}, NESTED]
-values = st.sampled_from(VALUES) | st.integers() | st.floats() | st.text(max_size=20) | st.lists(st.integers(), max_size=4)
+values = (
+    st.sampled_from(VALUES) | st.integers() | st.floats() | st.text(max_size=20) | st.lists(st.integers(), max_size=4)
+)
 
 
 class Edit(NamedTuple):
@@ -42,7 +63,11 @@ class Edit(NamedTuple):
         if self.kind == "repeat":
             return data[:end] + data[begin:end] * 3 + data[end:]
         if self.kind == "flip":
-            return data[:begin] + bytes(byte ^ 1 << self.length % 8 for byte in data[begin : begin + 1]) + data[begin + 1 :]
+            return (
+                data[:begin]
+                + bytes(byte ^ 1 << self.length % 8 for byte in data[begin : begin + 1])
+                + data[begin + 1 :]
+            )
         return data[:begin] + self.content + data[begin + len(self.content) * (self.kind == "overwrite") :]
 
 
@@ -93,7 +118,9 @@ def change_value(draw: Draw, value: Json) -> Json:
     elif kind == "rename" and isinstance(holder, dict):
         holder[draw(st.sampled_from(WORDS) | st.text(max_size=10))] = holder.pop(key)
     elif kind == "wrap":
-        holder[key] = draw(st.sampled_from([lambda x: [x], lambda x: {"a": x}, lambda x: str(x), lambda x: [x, x]]))(holder[key])
+        holder[key] = draw(st.sampled_from([lambda x: [x], lambda x: {"a": x}, lambda x: str(x), lambda x: [x, x]]))(
+            holder[key]
+        )
     elif kind == "exchange":
         other, at = draw(st.sampled_from(known))
         holder[key] = copy.deepcopy(other[at])
@@ -144,10 +171,14 @@ def mutated_safetensors(draw: Draw, originals: Sequence[bytes], most: int = 3) -
         rename(draw, header)
     elif kind == "metadata":
         texts = header.setdefault("__metadata__", {})
-        for name in draw(st.lists(st.sampled_from([*texts, "format", "lora_adapter_metadata", "ss_network_module"]), max_size=2)):
+        for name in draw(
+            st.lists(st.sampled_from([*texts, "format", "lora_adapter_metadata", "ss_network_module"]), max_size=2)
+        ):
             texts[name] = draw(metadata_text(texts.get(name, "")))
     else:
-        data = edited(data, [*draw(st.lists(edits.filter(lambda edit: edit.kind in ("overwrite", "flip")), max_size=4))])
+        data = edited(
+            data, [*draw(st.lists(edits.filter(lambda edit: edit.kind in ("overwrite", "flip")), max_size=4))]
+        )
     return safetensors(header, data)
 
 
@@ -174,10 +205,14 @@ def rename(draw: Draw, header: Json) -> None:
             name = draw(st.sampled_from(names + WORDS[:-4]) | st.text(max_size=20))
         elif change == "piece":
             parts = name.split(".")
-            parts[draw(st.integers(0, len(parts) - 1))] = draw(st.sampled_from(["0", "99999", "weight", "alpha", "", "a"]))
+            parts[draw(st.integers(0, len(parts) - 1))] = draw(
+                st.sampled_from(["0", "99999", "weight", "alpha", "", "a"])
+            )
             name = ".".join(parts)
         elif change == "shape" and fields["shape"]:
-            fields["shape"] = draw(st.sampled_from([fields["shape"][::-1], [*fields["shape"], 1], [1, *fields["shape"]], [-1]]))
+            fields["shape"] = draw(
+                st.sampled_from([fields["shape"][::-1], [*fields["shape"], 1], [1, *fields["shape"]], [-1]])
+            )
         elif change == "dtype":
             fields["dtype"] = draw(st.sampled_from(["F16", "BF16", "I16", "U16", "F8_E4M3", "BOOL", "F64", "C64", "X"]))
         header[name] = fields
@@ -204,13 +239,18 @@ def mutated_png(draw: Draw, originals: Sequence[bytes]) -> bytes:
         elif change == "move":
             chunks.insert(draw(st.integers(0, len(chunks) - 1)), chunks.pop(i))
         elif change == "new":
-            name = draw(st.sampled_from([b"tRNS", b"PLTE", b"iCCP", b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"gAMA"]))
+            name = draw(
+                st.sampled_from(
+                    [b"tRNS", b"PLTE", b"iCCP", b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"gAMA"]
+                )
+            )
             chunks.insert(i, (name, draw(st.binary(max_size=40))))
         elif change == "inflated":
             chunks[i] = (kind, content[:2] + zlib.compress(bytes(draw(st.sampled_from([10, 10**6])))))
         else:
             chunks[i] = (kind, edited(content, draw(st.lists(edits, min_size=1, max_size=2))))
     packed = [
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
     ]
     return file[:8] + b"".join(packed)

@@ -29,9 +29,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # tests
 
-from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from sdxl_ref.config import InputError  # noqa: E402
+from sdxl_ref.config import InputError
 
 FINDINGS = Path("fuzz-findings")
 TIME_LIMIT = 10  # seconds for one input: a hundred times what the slowest takes, on a machine that is busy
@@ -46,11 +46,11 @@ class TooSlow(BaseException):
     """An input that takes longer than the limit; no Exception, so that nothing catches it."""
 
 
-class Greedy(Exception):
+class GreedyError(Exception):
     """An input of a few kilobytes that takes a gigabyte."""
 
 
-class Unclean(Exception):
+class UncleanError(Exception):
     """An InputError that is no short printable line."""
 
 
@@ -110,7 +110,7 @@ class Fuzzing:
 def run_one(target: Any, value: Any, folder: Path, most: int) -> None:
     """Run a target on an input; InputError where that is refused, in one line.
 
-    Unclean where that line is none; Greedy where the process needs more than `most` KiB for it.
+    UncleanError where that line is none; GreedyError where the process needs more than `most` KiB for it.
     """
     try:
         with warnings.catch_warnings():
@@ -119,11 +119,11 @@ def run_one(target: Any, value: Any, folder: Path, most: int) -> None:
     except InputError as error:
         text = str(error)
         if len(text.splitlines()) != 1 or len(text) > LONGEST or any(is_control(c) for c in text):
-            raise Unclean(f"{len(text)} characters: {text[:1000]!r}") from error
+            raise UncleanError(f"{len(text)} characters: {text[:1000]!r}") from error
         raise
     finally:
         if peak_memory() > most:
-            raise Greedy(f"{peak_memory() >> 10} MiB")
+            raise GreedyError(f"{peak_memory() >> 10} MiB")
 
 
 def peak_memory() -> int:
@@ -139,8 +139,11 @@ def is_control(character: str) -> bool:
 def limited() -> Iterator[None]:
     """TooSlow after the time limit; the process ends with a traceback where that cannot be raised."""
 
+    is_over = False
+
     def stop(*_: Any) -> None:
-        raise TooSlow(f"longer than {TIME_LIMIT} s")
+        if not is_over:
+            raise TooSlow(f"longer than {TIME_LIMIT} s")
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
@@ -148,6 +151,7 @@ def limited() -> Iterator[None]:
     try:
         yield
     finally:
+        is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
 
@@ -155,7 +159,7 @@ def limited() -> Iterator[None]:
 def place_of(error: BaseException) -> str:
     """The innermost line of the package in a traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" not in frame.filename]
-    if isinstance(error, Unclean):
+    if isinstance(error, UncleanError):
         frames = traceback.extract_tb(error.__cause__.__traceback__)  # type: ignore[union-attr]
     own = [frame for frame in frames if f"{os.sep}sdxl_ref{os.sep}" in frame.filename] or frames
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "the target itself"
@@ -214,7 +218,16 @@ def main() -> int:
     bad = 0
     total = 0
     for name in names:
-        words = [sys.executable, __file__, name, "--child", "--seconds", str(a.seconds / len(names)), "--seed", str(a.seed)]
+        words = [
+            sys.executable,
+            __file__,
+            name,
+            "--child",
+            "--seconds",
+            str(a.seconds / len(names)),
+            "--seed",
+            str(a.seed),
+        ]
         result = subprocess.run(words, capture_output=True, text=True)
         if result.returncode:
             bad += 1

@@ -14,20 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import adapter_files
-import checkpoints
 import numpy as np
 import peers
 import profiles
 import torch
-from fuzz.mutations import (
-    as_text,
-    mutated_bytes,
-    mutated_json,
-    mutated_png,
-    mutated_safetensors,
-    safetensors,
-    unpacked,
-)
+from fuzz.mutations import mutated_bytes, mutated_json, mutated_png, mutated_safetensors, safetensors, unpacked
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
@@ -120,7 +111,10 @@ class FolderFiles:
         shards |= {"diffusion_pytorch_model-00002-of-00002.safetensors": names[1::2]}
         for shard, own in shards.items():
             save_file({name: state[name] for name in own}, unet / shard)
-        index = {"metadata": {"total_size": 1}, "weight_map": {name: shard for shard, own in shards.items() for name in own}}
+        index = {
+            "metadata": {"total_size": 1},
+            "weight_map": {name: shard for shard, own in shards.items() for name in own},
+        }
         (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
         settings = {"pad_token": "!", "bos_token": {"content": "<|startoftext|>"}, "model_max_length": 77}
         fast = {"added_tokens": [{"content": "<|endoftext|>"}], "truncation": {"direction": "Right"}, "model": {}}
@@ -194,7 +188,9 @@ class Adapters:
     """Adapters of every kind of name and factor, with a header that says more, or PEFT's configuration beside."""
 
     def __init__(self, folder: Path) -> None:
-        official = load_file(adapter_files.random_file(CONFIG, folder / "official.safetensors", layers=("attn1.to_q", "fc1", "c_fc")))
+        official = load_file(
+            adapter_files.random_file(CONFIG, folder / "official.safetensors", layers=("attn1.to_q", "fc1", "c_fc"))
+        )
         names = [key.removesuffix(".lora_A.weight") for key in official if key.endswith(".lora_A.weight")][:6]
         factors = {key: official[f"{key}.lora_{side}.weight"].clone() for key in names for side in "A"}
         official = {key: value for key, value in official.items() if key.rsplit(".lora", 1)[0] in names}
@@ -203,18 +199,38 @@ class Adapters:
             up = official[f"{name}.lora_B.weight"].clone()
             stem = "lora_unet_" + name.removeprefix("model.diffusion_model.").replace(".", "_")
             if i == 0:
-                kohya |= {f"{stem}.hada_w1_a": up, f"{stem}.hada_w1_b": down, f"{stem}.hada_w2_a": up + 1, f"{stem}.hada_w2_b": down + 1}
+                kohya |= {
+                    f"{stem}.hada_w1_a": up,
+                    f"{stem}.hada_w1_b": down,
+                    f"{stem}.hada_w2_a": up + 1,
+                    f"{stem}.hada_w2_b": down + 1,
+                }
             elif i == 1:
-                kohya |= {f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(len(up) // 2, down.shape[1] // 2)}
+                kohya |= {
+                    f"{stem}.lokr_w1": torch.ones(2, 2),
+                    f"{stem}.lokr_w2": torch.ones(len(up) // 2, down.shape[1] // 2),
+                }
             elif i == 2:
                 kohya |= {f"{stem}.diff": torch.ones(len(up), down.shape[1]), f"{stem}.diff_b": torch.ones(len(up))}
             else:
-                kohya |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(2.0)}
+                kohya |= {
+                    f"{stem}.lora_down.weight": down,
+                    f"{stem}.lora_up.weight": up,
+                    f"{stem}.alpha": torch.tensor(2.0),
+                }
             if i == 4:
                 kohya[f"{stem}.dora_scale"] = torch.ones(len(up), 1)
         kohya["bundle_emb.toy.clip_g"] = torch.ones(2, CONFIG.text_encoders[-1].width)
-        header = {"ss_network_module": "networks.lora", "ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "x"}
-        originals = [save(official), save(kohya, header), save(official, {HEADER_KEY: json.dumps({"unet.r": 3, **PEFT})})]
+        header = {
+            "ss_network_module": "networks.lora",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "modelspec.architecture": "x",
+        }
+        originals = [
+            save(official),
+            save(kohya, header),
+            save(official, {HEADER_KEY: json.dumps({"unet.r": 3, **PEFT})}),
+        ]
         originals.append(save(official, {"lora_alpha": "4", "r": "3", "alpha_pattern": "{}"}))
         whole = st.sampled_from(originals[:1])
         files = st.tuples(mutated_safetensors(originals), st.none() | st.just(json.dumps(PEFT).encode()))
@@ -236,7 +252,12 @@ class Embeddings:
     def __init__(self, folder: Path) -> None:
         towers = peers.TINY_BASE.text_encoders
         clip_l, clip_g = (torch.randn(2, tower.width) for tower in towers)
-        originals = [{"clip_l": clip_l, "clip_g": clip_g}, {"<toy>": clip_g}, {"emb_params": clip_l}, {"<a>": clip_l[0]}]
+        originals = [
+            {"clip_l": clip_l, "clip_g": clip_g},
+            {"<toy>": clip_g},
+            {"emb_params": clip_l},
+            {"<a>": clip_l[0]},
+        ]
         self.inputs = mutated_safetensors([save(tensors) for tensors in originals])
 
     def run(self, file: bytes, folder: Path) -> None:
@@ -275,7 +296,11 @@ def pictures() -> list[bytes]:
     add(rgb, "PNG", transparency=(1, 2, 3))
     add(grey_16, "PNG", transparency=257)
     add(rgba, "PNG", save_all=True, append_images=[rgba.rotate(90)])
-    for image, profile in ((rgb, profiles.display_p3()), (rgb.convert("L"), profiles.grey(2.2)), (rgb.convert("CMYK"), profiles.cmyk())):
+    for image, profile in (
+        (rgb, profiles.display_p3()),
+        (rgb.convert("L"), profiles.grey(2.2)),
+        (rgb.convert("CMYK"), profiles.cmyk()),
+    ):
         add(image, "JPEG", icc_profile=profile, exif=exif)
         add(image, "TIFF", icc_profile=profile)
     add(rgb, "JPEG", progressive=True)
@@ -332,7 +357,9 @@ class JobLists:
         table = f'\ufeff{names}\r\n{cells}\r\n\r\n"two\nlines",,,\r\na,b\r\n'.encode()
         objects = st.lists(mutated_json([refined, drawn]), min_size=1, max_size=3).map(b"\n".join)
         tables = mutated_bytes([table, table.replace(b",", b"\t"), b"prompt,seed\na,1\n"])
-        self.inputs = st.tuples(st.just("jobs.jsonl"), objects) | st.tuples(st.sampled_from(["jobs.csv", "jobs.tsv"]), tables)
+        self.inputs = st.tuples(st.just("jobs.jsonl"), objects) | st.tuples(
+            st.sampled_from(["jobs.csv", "jobs.tsv"]), tables
+        )
         self.commands = {name: Options(name) for name in ("refine", "generate")}
 
     def run(self, value: tuple[str, bytes], folder: Path) -> None:
@@ -354,9 +381,60 @@ class JobLists:
             raise max(refused, key=lambda error: len(str(error)))
 
 
-PIECES = ["a cat", "(", ")", "[", "]", ":1.2)", ":", "\\", "\\(", "BREAK", " AND ", "{a|b}", "|", "<lora:a:1>", "embedding:mytoy"]
-PIECES += [",", "#", "\n", "//", "<toy>", "&amp;", "&", "'s", "é", "\u0301", "ÃÂ©", "日本", "🙂", "\udcff", "\x00", "<end_of_text>"]
-PIECES += [" ", "0", "1.1", "-", "_", ".", "İ", "ß", "\u200d", "\u2028", "\ufeff", "zz", "aaa", "((", "))", "[a:b:0.5]", "/*"]
+PIECES = [
+    "a cat",
+    "(",
+    ")",
+    "[",
+    "]",
+    ":1.2)",
+    ":",
+    "\\",
+    "\\(",
+    "BREAK",
+    " AND ",
+    "{a|b}",
+    "|",
+    "<lora:a:1>",
+    "embedding:mytoy",
+]
+PIECES += [
+    ",",
+    "#",
+    "\n",
+    "//",
+    "<toy>",
+    "&amp;",
+    "&",
+    "'s",
+    "é",
+    "\u0301",
+    "ÃÂ©",
+    "日本",
+    "🙂",
+    "\udcff",
+    "\x00",
+    "<end_of_text>",
+]
+PIECES += [
+    " ",
+    "0",
+    "1.1",
+    "-",
+    "_",
+    ".",
+    "İ",
+    "ß",
+    "\u200d",
+    "\u2028",
+    "\ufeff",
+    "zz",
+    "aaa",
+    "((",
+    "))",
+    "[a:b:0.5]",
+    "/*",
+]
 MOST = 20_000  # characters of a prompt
 
 
@@ -445,9 +523,20 @@ class Traces:
         np.save(stream, x.numpy())
         array = stream.getvalue()
         names = st.sampled_from(["unet__a.npy", "unet__a#1:in.0.npy", "vae.npy", "a#b.npy", "#.npy"])
-        headers = ["{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", "{'descr': '<f4'}", "{'descr': '|O'}", "("]
-        headers += ["{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999,)}", "9" * 5000, "{'descr': 'V9999999999'}"]
-        built = st.sampled_from(headers).map(lambda text: b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + bytes(8))
+        headers = [
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}",
+            "{'descr': '<f4'}",
+            "{'descr': '|O'}",
+            "(",
+        ]
+        headers += [
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999,)}",
+            "9" * 5000,
+            "{'descr': 'V9999999999'}",
+        ]
+        built = st.sampled_from(headers).map(
+            lambda text: b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + bytes(8)
+        )
         arrays = st.lists(st.tuples(names, mutated_bytes([array]) | built), max_size=3)
         self.inputs = mutated_safetensors([whole, save({"unet/a": x, "vae": x + 1})]) | arrays
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.diffusion.tiles import Tile
 from sdxl_ref.pipelines import tiling
-from sdxl_ref.pipelines.request import Request
 from sdxl_ref.pipelines.pipeline import sample
+from sdxl_ref.pipelines.request import Request
 from sdxl_ref.pipelines.text_to_image import TextToImageRequest
 from sdxl_ref.text.conditioning import Numbers
 
