@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-sweep test-full test-readme test-wheel lint types format notebooks figures bench kit
+.PHONY: demo test test-sweep test-full test-readme test-wheel fuzz lint types format notebooks figures bench kit
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -30,6 +30,11 @@ test-sweep: .venv/installed-dev
 # README's commands as they stand, pasted one after the other into a fresh shell on a fresh clone.
 test-readme:
 	$(PYTHON) tests/fresh/readme.py
+
+# Inputs that are almost right, to everything that reads what it did not write.
+FUZZ_SECONDS ?= 600
+fuzz: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # sdist and wheel, built and installed into an empty environment.
 test-wheel:

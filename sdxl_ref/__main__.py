@@ -1,7 +1,13 @@
-"""`python -m sdxl_ref` is the command `sdxl-ref`."""
+"""`python -m sdxl_ref` is the command `sdxl-ref`. Ctrl-C is one line from its first import on."""
 
+import signal
 import sys
 
-from sdxl_ref.cli import main
+try:
+    from sdxl_ref.cli import main
 
-sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
+except KeyboardInterrupt:
+    sys.exit("sdxl-ref: stopped")
+sys.exit(status)

@@ -10,6 +10,7 @@ import argparse
 import ast
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,11 +25,14 @@ COMMANDS = Path(__file__).parent / "commands"
 TITLE = re.compile(r"`[a-z-]+ (?P<name>[a-z-]+)`: (?P<summary>.+)")
 # GNU OpenMP: how long a thread that waits for the others keeps its core from other programs.
 YIELDING = ("GOMP_SPINCOUNT", "10000")
-UNPRINTABLE = re.compile(r"[^ -~\u00a0-\U0010ffff]+")
 
 
 class Parser(argparse.ArgumentParser):
     """Raises InputError where argparse would end the process, and names the option that was perhaps meant."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help and version; argparse's own method passes over what cannot be written."""
+        print(message, end="", file=file, flush=True)
 
     def error(self, message: str) -> NoReturn:
         from sdxl_ref.commands.misspelt import with_hint
@@ -82,8 +86,15 @@ def add_commands(top: Parser, folder: Path, words: Sequence[str]) -> None:
 
 
 def module_of(package: str, command: str) -> Any:
-    """The module of a command: `my_command.py` is `my-command`."""
-    return import_module(f"{package}.commands.{command.replace('-', '_')}")
+    """The module of a command: `my_command.py` is `my-command`.
+
+    Ctrl-C waits until it is imported: C code that is being loaded may swallow it.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return import_module(f"{package}.commands.{command.replace('-', '_')}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def summaries(folder: Path = COMMANDS) -> dict[str, str]:
@@ -110,7 +121,7 @@ def run(name: str, work: Callable[[], int], stopped: str = "stopped") -> int:
             status = work()
         print(end="", flush=True)  # what cannot be written is found out here
     except InputError as error:
-        print(f"{name}: error:", UNPRINTABLE.sub(" ", str(error)), file=sys.stderr)
+        print(f"{name}: error:", error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {stopped}", file=sys.stderr)

@@ -12,10 +12,18 @@ from typing import Any
 
 PREDICTIONS = ("epsilon", "v")
 NO_SIZES = ("activation", "scale_factor")
+CONTROLS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], " ")  # characters that no line shows
 
 
 class InputError(ValueError):
-    """Bad input from the user: the message says what was expected, what was found and what to do."""
+    """Bad input from the user: the message says what was expected, what was found and what to do.
+
+    It is one line of at most 600 characters, whatever it quotes.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__().translate(CONTROLS)
+        return text if len(text) <= 600 else f"{text[:397]} … {text[-200:]}"
 
 
 def nearest(word: object, words: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ huggingface_hub reads its settings when it is imported: what asks this hub runs 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,13 +21,19 @@ from urllib.parse import unquote, urlparse
 class Hub:
     """Serves folders as repositories: `repositories["owner/name"] = folder`.
 
-    `requests` are the paths asked for. Of a file from a hub that `is_slow` the second half never comes.
+    `requests` are the paths asked for. Of a file from a hub that `is_slow` the second half never comes; one that
+    `drips` sends a byte now and then; one that `is_silent` answers nothing. `etag` and `commit_id` replace the true
+    ones.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Path] = {}
         self.requests: list[str] = []
         self.is_slow = False
+        self.drips = False
+        self.is_silent = False
+        self.etag = ""
+        self.commit_id = ""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,6 +51,8 @@ class Hub:
             def answer(self, body: bool) -> None:
                 path = unquote(urlparse(self.path).path)
                 hub.requests.append(path)
+                if hub.is_silent:
+                    hub.closed.wait()
                 status, headers, data = hub.respond(path)
                 begin = 0
                 if (wanted := self.headers.get("Range")) and status == 200:
@@ -54,13 +63,18 @@ class Hub:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data) - begin))
                 self.end_headers()
-                if not body:
-                    return
+                if body:
+                    with contextlib.suppress(ConnectionError):  # who asked has gone
+                        self.send(headers, data, begin)
+
+            def send(self, headers: dict[str, str], data: bytes, begin: int) -> None:
                 if hub.is_slow and "ETag" in headers:
                     self.wfile.write(data[: len(data) // 2])
                     self.wfile.flush()
                     hub.closed.wait()
                     return
+                while hub.drips and "ETag" in headers and not hub.closed.wait(0.05):
+                    self.wfile.write(data[:1])
                 self.wfile.write(data[begin:])
 
         self.closed = threading.Event()
@@ -74,7 +88,7 @@ class Hub:
         self.server.server_close()
 
     def commit(self, name: str) -> str:
-        return hashlib.sha1(name.encode()).hexdigest()
+        return self.commit_id or hashlib.sha1(name.encode()).hexdigest()
 
     def respond(self, path: str) -> tuple[int, dict[str, str], bytes]:
         parts = path.strip("/").split("/")
@@ -87,7 +101,7 @@ class Hub:
         if not file.is_file():
             return self.missing("EntryNotFound")
         data = file.read_bytes()
-        headers = {"X-Repo-Commit": self.commit(name), "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        headers = {"X-Repo-Commit": self.commit(name), "ETag": f'"{self.etag or hashlib.sha256(data).hexdigest()}"'}
         return 200, headers | {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}, data
 
     def model(self, name: str, rest: list[str]) -> tuple[int, dict[str, str], bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_ref.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from sdxl_ref.text.tokenizer import byte_letters, merges
+from sdxl_ref.text.tokenizer import LETTERS, merges
 from sdxl_ref.weights.checkpoint import prefixes
 from sdxl_ref.weights.folder_config import CLASSES as NETWORKS
 from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG
@@ -194,10 +194,9 @@ def text_encoder(config: TextEncoderConfig, architecture: str) -> Json:
 def write_tokenizer(folder: Path, pad: str) -> None:
     """CLIP's vocabulary and merges as transformers reads them, made of open_clip's; `pad` is the padding token."""
     folder.mkdir()
-    letters = list(byte_letters().values())
-    ends = [letter + "</w>" for letter in letters]
+    ends = [letter + "</w>" for letter in LETTERS]
     words = ["".join(pair) for pair in merges()]
-    vocabulary = [*letters, *ends, *words, "<|startoftext|>", END_OF_TEXT]
+    vocabulary = [*LETTERS, *ends, *words, "<|startoftext|>", END_OF_TEXT]
     ids = {token: i for i, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges()), ""]

@@ -67,8 +67,7 @@ class Samplers(Mapping[str, Sampler]):
         if name not in self._names:
             raise KeyError(name)
         module = import_module(f"{self._package}.{name}")  # the one place that imports a solver
-        function: Sampler = getattr(module, name)
-        return function
+        return getattr(module, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

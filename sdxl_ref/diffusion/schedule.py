@@ -24,10 +24,10 @@ STRENGTH_RULES = ("exact", "sgm")
 UNIT_VARIANCE = ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc")  # samplers whose own x has variance 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Descending levels `sigmas` (n+1,), the last one 0 or where the run stops, and the training step of each of the
-    first n. A level on the grid keeps its exact pair; any other goes through `inverse`."""
+    first n. A level on the grid keeps its exact pair; any other goes through `inverse`. Equal to itself alone."""
 
     sigmas: Tensor
     timesteps: tuple[float, ...]

@@ -148,7 +148,7 @@ class Trace:
                 raise InputError(f"{folder} has two files for {key}: leave one")
             try:
                 values[key] = torch.from_numpy(np.load(file, allow_pickle=False))
-            except (ValueError, TypeError, OSError, EOFError) as error:
+            except Exception as error:  # numpy's parser of headers raises of many kinds, MemoryError for large sizes
                 raise InputError(f"{file} is no array that can be read: {error}") from error
             check_dtype(folder, str(key), values[key])  # type: ignore[arg-type]
         if not values:

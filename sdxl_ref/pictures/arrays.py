@@ -15,6 +15,7 @@ from sdxl_ref.pictures.images import MULTIPLE, fit, load_image, to_tensor
 
 PICTURES = "a picture, its file, a tensor (3,H,W) or (b,3,H,W), an array (H,W,3) or (b,H,W,3), or a list of one kind"
 NOISY = "latents (b,{},h,w), since denoising_start and latents go on from a noisy latent"
+MOST = 1000  # pictures of a call
 VALUES = "expected values from 0 to 1 in floating point, or uint8 from 0 to 255"
 
 
@@ -30,6 +31,9 @@ def from_arrays(image: Any, channels: int, clean: bool) -> Tensor:
     items = list(image) if isinstance(image, list | tuple) else [image]
     if any(isinstance(item, Tensor | np.ndarray) and 0 in item.shape for item in items) or not items:
         raise InputError("expected a picture, or one for each prompt, found none")
+    count = sum(len(item) if isinstance(item, Tensor | np.ndarray) and item.ndim == 4 else 1 for item in items)
+    if count > MOST:
+        raise InputError(f"expected at most {MOST} pictures at once, found {count}: hand them in by and by")
     if clean and all(isinstance(item, Image.Image | str | os.PathLike) for item in items):
         return joined([to_tensor(fit(load_image(item))) for item in items])
     batch = joined([batch_of(item, expected, channels) for item in items])  # (n,c,h,w)

@@ -28,7 +28,7 @@ from sdxl_ref.weights.opening import WHERE
 SHARE = 0.8  # of the training steps that are the base's
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EnsembleRequest(Request):
     """Where the refiner takes over, in one of three units."""
 

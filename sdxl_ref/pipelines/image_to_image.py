@@ -1,9 +1,6 @@
 """Image to image (SDEdit): the refiner's main job, and as well the base's."""
 
 from sdxl_ref.pipelines.pipeline import Pipeline
-from sdxl_ref.pipelines.request import Request
-
-ImageToImageRequest = Request
 
 
 class ImageToImagePipeline(Pipeline):

@@ -29,9 +29,9 @@ def option(meaning: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"meaning": meaning})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What every pipeline takes. Sizes are (height, width).
+    """What every pipeline takes. Sizes are (height, width). Equal to itself alone, since it may hold tensors.
 
     A run starts from one of: `image`, a clean picture, noised to the first level that `strength` leaves; `image` with
     `denoising_start`, a noisy latent that stands at that level; `latents` with `strength` or `denoising_start`, the
@@ -112,8 +112,9 @@ class Request:
                 raise InputError(f"{field_.name} must be a whole number, found {getattr(self, field_.name)!r:.60}")
         if not 0 <= self.guidance_rescale <= 1:
             raise InputError(f"guidance_rescale must be from 0 to 1, found {self.guidance_rescale}")
-        if not 1 <= self.num_images_per_prompt <= 1000:
-            raise InputError(f"num_images_per_prompt must be from 1 to 1000, found {self.num_images_per_prompt}")
+        if self.num_images_per_prompt < 1 or self.prompts * self.num_images_per_prompt > 1000:
+            images = f"num_images_per_prompt {self.num_images_per_prompt} for {self.prompts} prompts"
+            raise InputError(f"{images}: expected 1 to 1000 pictures in all")
         if self.sampler is not None:
             self.check_options(self.sampler)
 

@@ -34,8 +34,8 @@ def steered(
         if changes is None or changes == {}:
             return
         latents = changes.get("latents") if isinstance(changes, dict) and len(changes) == 1 else None
-        if not isinstance(latents, Tensor) or latents.shape != step.x.shape:
-            expected = f'nothing or {{"latents": a tensor {tuple(step.x.shape)}}}'
+        if not isinstance(latents, Tensor) or latents.shape != step.x.shape or not latents.is_floating_point():
+            expected = f'nothing or {{"latents": a tensor {tuple(step.x.shape)} of floating point}}'
             raise InputError(f"expected callback_on_step_end to return {expected}, found {changes!r:.60}")
         step.x.copy_(latents)
 

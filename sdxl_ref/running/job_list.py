@@ -26,6 +26,11 @@ class Line(NamedTuple):
     error: str = ""
 
 
+def bad(number: int, reason: str) -> Line:
+    """A line that is no job, with what is wrong with it in one printable line."""
+    return Line(number, {}, str(InputError(reason)))
+
+
 def read(source: Path) -> Iterator[Line]:
     """The lines of a file, by its suffix a table, a tar or else JSON lines, or the pictures of a folder in order.
 
@@ -82,7 +87,7 @@ def json_lines(file: Any) -> Iterator[Line]:
                 yield Line(number, json_object(line.decode()))
             except (ValueError, RecursionError) as error:
                 reason = str(error) if str(error).startswith("expected") else f"expected a JSON object ({error})"
-                yield Line(number, {}, f"{reason}, as {SAMPLE}")
+                yield bad(number, f"{reason}, as {SAMPLE}")
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -94,11 +99,12 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    options: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in options:
             raise ValueError(f"expected each option once, found {name!r} twice")
-    return dict(pairs)
+        options[name] = value
+    return options
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -116,7 +122,7 @@ def table(file: Any, source: Path, separator: str) -> Iterator[Line]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Line(number, {}, f'expected cells separated by {separator!r}, quoted by " where need be ({error})')
+            yield bad(number, f'expected cells separated by {separator!r}, quoted by " where need be ({error})')
             continue
         if columns:
             yield from row_of(number, columns, row)
@@ -129,9 +135,9 @@ def row_of(number: int, columns: Sequence[str], row: Sequence[str]) -> Iterator[
     if not any(cells):
         return
     if len(cells) > len(columns):
-        yield Line(number, {}, f"expected {len(columns)} cells as in the first line, found {len(cells)}")
+        yield bad(number, f"expected {len(columns)} cells as in the first line, found {len(cells)}")
     elif any(not cell.isprintable() and "\udc80" <= max(cell) <= "\udcff" for cell in cells if cell):
-        yield Line(number, {}, "expected UTF-8, found other bytes: save the table as UTF-8")
+        yield bad(number, "expected UTF-8, found other bytes: save the table as UTF-8")
     else:
         yield Line(number, {name: cell for name, cell in zip(columns, cells, strict=False) if cell})
 

@@ -28,12 +28,8 @@ END_OF_WORD = "</w>"  # belongs to a word's last symbol
 WORD = regex.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.I)
 VISIBLE = bytes([*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)])  # characters of Latin-1
 BYTES = VISIBLE + bytes(sorted(set(range(256)) - set(VISIBLE)))  # in the order of their ids
-LETTERS = VISIBLE.decode("latin-1") + "".join(map(chr, range(256, 512 - len(VISIBLE))))  # one for each of BYTES
-
-
-def byte_letters() -> dict[int, str]:
-    """A printable letter for each byte: itself where it is visible, else a character from 256 on. GPT-2's map."""
-    return dict(zip(BYTES, LETTERS, strict=True))
+# GPT-2's map: a printable letter for each of BYTES, itself where it is visible, else a character from 256 on.
+LETTERS = VISIBLE.decode("latin-1") + "".join(map(chr, range(256, 512 - len(VISIBLE))))
 
 
 @cache

@@ -1,5 +1,6 @@
 """Tensors and texts as files that are never half written."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,19 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     """Write a safetensors file in the place of an older one. InputError as `replacing` raises it."""
     with replacing(path) as beside:
         save_file(dict(state), beside, dict(metadata))
+        sort_metadata(beside)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put a file's metadata in order, in place: safetensors writes them in another one each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length  # what follows are the tensors
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from sdxl_ref.weights.checkpoint import PARTS
 from sdxl_ref.weights.folder import EXTRAS_FILE, choose
 from sdxl_ref.weights.folder_scheduler import SCHEDULER_CONFIG
 from sdxl_ref.weights.folder_tokenizer import FILES, PADDING
+from sdxl_ref.weights.hub_limits import limits
 from sdxl_ref.weights.tensor_files import FOLDER_INDEX
 
 
@@ -38,7 +39,10 @@ def listing(
     if local_files_only:
         return []
     try:
-        return list(list_repo_files(repository, revision=revision, token=token))
+        with limits():
+            return list(list_repo_files(repository, revision=revision, token=token))
+    except InputError:
+        raise
     except Exception:  # offline, no such repository, …
         return []
 
@@ -70,12 +74,13 @@ def wanted_files(repository: str, names: Sequence[str], variant: str | None) -> 
 
 
 def with_one_error(download: Any, *arguments: Any, **options: Any) -> str:
-    """Errors of the hub as one line."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """The path that a download returns. InputError in one line for what the hub does wrong, or not in time."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return str(download(*arguments, **options))
+        with limits():
+            return str(download(*arguments, **options))
     except LocalEntryNotFoundError as error:
         raise InputError(f"{arguments[0]} is neither in the cache nor to be had from the hub: {error}") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise InputError(f"could not get {arguments[0]} from the hub: {error}") from error
+    except Exception as error:  # huggingface_hub's, its HTTP client's, the system's
+        raise InputError(f"could not get {arguments[0]} from the hub: {str(error) or repr(error)}") from error

@@ -4,6 +4,7 @@ Forward hooks on the networks themselves do it, so that these stay what they are
 adapters work as without.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,12 +22,13 @@ from sdxl_ref.weights.checkpoint import PARTS, Checkpoint, build_empty
 class Offload:
     """The one place, on `device`, that several networks share: one is there at a time, the one that worked last.
 
-    `arrivals` are the names of those that came, in order.
+    `arrivals` are the names of those that came, in order. Threads take turns: `turn` is held while a network works.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.arrivals: list[str] = []
+        self.turn = threading.RLock()
         self.packs = False  # whether networks that are read are packed then
         self._present: nn.Module | None = None
         self._leave: Callable[[], Any] | None = None
@@ -55,8 +57,9 @@ class Offload:
                 give_freed_memory_back()
 
         def drop_weights() -> None:
-            if self._present is network:
-                self._empty()
+            with self.turn:
+                if self._present is network:
+                    self._empty()
 
         network.drop_weights = drop_weights  # type: ignore[assignment]
 
@@ -71,6 +74,7 @@ class Offload:
         """Have a network enter before it, or a child of it, runs: an autoencoder has two doors, encode and decode."""
 
         def arrive(*_: Any) -> None:
+            self.turn.acquire()
             if self._present is network:
                 return
             self._empty()
@@ -81,6 +85,7 @@ class Offload:
 
         for module in (network, *network.children()):
             module.register_forward_pre_hook(arrive, prepend=True)  # before hooks of the user's
+            module.register_forward_hook(lambda *_: self.turn.release(), always_call=True)  # also where arriving fails
 
     def _empty(self) -> None:
         """Make room."""

@@ -33,6 +33,7 @@ class SequentialOffload(Offload):
         homes: list[tuple[Tensor, Tensor]] = []  # each tensor of the block, and its data in the CPU's memory
 
         def arrive(*_: Any) -> None:
+            self.turn.acquire()
             for tensor in (tensor for owner in owners for tensor in own_tensors(owner)):
                 homes.append((tensor, tensor.data))
                 tensor.data = self.fetch(tensor.data)
@@ -42,6 +43,7 @@ class SequentialOffload(Offload):
             for tensor, data in homes:
                 tensor.data = data
             homes.clear()
+            self.turn.release()
 
         block.register_forward_pre_hook(arrive, prepend=True)  # before hooks of the user's
         block.register_forward_hook(leave, always_call=True)

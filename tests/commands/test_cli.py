@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import os
 import pty
+import runpy
 import shutil
 import struct
 import subprocess
 import sys
 import termios
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,76 @@ def test_stopped_from_the_keyboard(
     assert os.listdir(here) == []
 
 
+DEAF = """
+import contextlib, os, signal, time
+with contextlib.suppress(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)
+print("imported")
+"""
+RUNS_DEAF = """
+import signal
+from sdxl_ref import cli
+print(cli.run("tool", lambda: cli.module_of("deaf", "work").run()), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+def test_a_stop_that_an_import_swallows_is_one_when_it_is_over(tmp_path: Path) -> None:
+    """As C code does while it is loaded."""
+    (tmp_path / "deaf" / "commands").mkdir(parents=True)
+    (tmp_path / "deaf" / "__init__.py").touch()
+    (tmp_path / "deaf" / "commands" / "work.py").write_text(DEAF)
+    path = os.pathsep.join([str(tmp_path), str(cli.COMMANDS.parent.parent)])
+    environment = os.environ | {"PYTHONPATH": path}
+    result = subprocess.run([sys.executable, "-c", RUNS_DEAF], capture_output=True, text=True, env=environment)
+    assert (result.stdout, result.stderr) == ("imported\n1 set()\n", "tool: stopped\n")
+
+
+STOPPED_IN_TORCH = """
+import os, signal, sys
+def stop(*_):
+    print("torch" in sys.modules, "torch.nn" in sys.modules, file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGALRM, stop)
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch._utils":
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+sys.meta_path.insert(0, Watch())
+from {package}.cli import main
+sys.exit(main({words!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "line"),
+    [
+        ("sdxl_ref", ["refine", "--help"], "sdxl-ref: stopped"),
+        pytest.param(
+            "weights_convert",
+            ["diff", "a", "b"],
+            "weights-convert: stopped; nothing is at the target that was not there before",
+            marks=pytest.mark.sweep,
+        ),
+    ],
+)
+def test_stopped_while_torch_is_imported(package: str, words: list[str], line: str) -> None:
+    code = STOPPED_IN_TORCH.format(package=package, words=words)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", f"True False\n{line}\n")
+
+
+@pytest.mark.parametrize("package", ["sdxl_ref", "weights_convert"])
+def test_stopped_while_the_command_line_is_imported(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopping(types.ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, f"{package}.cli", Stopping("cli"))
+    with pytest.raises(SystemExit, match=f"^{package.replace('_', '-')}: stopped"):
+        runpy.run_module(package, run_name="__main__")
+
+
 def test_warnings_are_lines_on_standard_error(refine: Refine, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refine(prompt=" ".join(["cat"] * 75) + " on a purple mat") == 0
     message = "warning: the prompt is longer than 77 tokens; cut: 'on a purple mat'\n"
@@ -199,9 +271,9 @@ sys.exit(run("sdxl-ref", work))
 """
 
 
-def redirected(command: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
+def redirected(command: list[str], redirection: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
     line = f'set -o pipefail; "$@" {redirection}'
-    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     return subprocess.run(["bash", "-c", line, "bash", *command], capture_output=True, text=True, env=environment)
 
 
@@ -210,6 +282,14 @@ def test_streams_that_are_full_or_closed(redirection: str, status: int, error: s
     """What cannot be written is told, but for a reader who has gone; a closed stream is nobody's mistake."""
     result = redirected([sys.executable, "-c", PRINTS], redirection)
     assert (result.returncode, result.stderr) == (status, error)
+
+
+@pytest.mark.parametrize("command", ["sdxl-ref", "weights-convert"])
+@pytest.mark.parametrize(("words", "unbuffered"), [("--help", ""), ("--help", "1"), ("--version", "")])
+def test_help_that_cannot_be_written(command: str, words: str, unbuffered: str) -> None:
+    name = command.replace("-", "_")
+    result = redirected([sys.executable, "-m", name, words], "> /dev/full", unbuffered)
+    assert (result.returncode, result.stderr) == (1, f"{command}: error: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize("unbuffered", sample(["", "1"], ""))
@@ -275,3 +355,11 @@ def test_a_command_of_two_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     top = Parser(prog="tool")
     add_commands(top, tmp_path / "pkg" / "commands", ["two-words"])
     assert top.parse_args(["two-words", "--x", "1"]).x == "1"
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-"])
+def test_weights_convert_whose_output_is_full_or_closed(redirection: str, tiny_refiner_file: Path) -> None:
+    result = redirected([sys.executable, "-m", "weights_convert", "inspect", str(tiny_refiner_file)], redirection)
+    full = (1, "weights-convert: error: [Errno 28] No space left on device\n")
+    assert (result.returncode, result.stderr) == (full if "full" in redirection else (0, ""))

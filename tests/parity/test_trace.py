@@ -96,3 +96,16 @@ def test_channels_last_maps_and_other_names() -> None:
 )
 def test_globs(glob: str, point: str, is_in: bool) -> None:
     assert matches(point, glob) is is_in
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["(", "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999,)}", "{'descr': '|O'}", "9" * 5000],
+    ids=["cut off", "of 373 GiB", "of objects", "a number"],
+)
+def test_an_array_whose_header_is_wrong(header: str, tmp_path: Path) -> None:
+    """Found by `make fuzz`: numpy raises MemoryError, TokenError and others."""
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(8)
+    (tmp_path / "unet__a.npy").write_bytes(data)
+    with pytest.raises(InputError, match=r"unet__a\.npy is no array that can be read"):
+        Trace.load(tmp_path)

@@ -5,7 +5,7 @@ import io
 import json
 import pydoc
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import numpy as np
@@ -140,9 +140,10 @@ def test_a_wrong_kind_of_value_is_named(name: str, value: Any) -> None:
 
 
 CHANGES = [{"latent": torch.zeros(1, 4, 8, 8)}, {"latents": None}, {"latents": torch.zeros(1, 1, 8, 8)}, torch.zeros(1)]
+CHANGES += [{"latents": torch.zeros(1, 4, 8, 8, dtype=dtype)} for dtype in (torch.complex64, torch.int64)]
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=["misspelt", "none", "broadcast", "bare"])
+@pytest.mark.parametrize("changes", CHANGES, ids=["misspelt", "none", "broadcast", "bare", "complex", "whole numbers"])
 def test_what_a_callback_returns_is_checked(changes: Any) -> None:
     request = {"height": 64, "width": 64, "num_inference_steps": 4}
     with pytest.raises(InputError, match="callback_on_step_end to return"):
@@ -387,3 +388,41 @@ def test_a_watermark_is_found_out_to_be_impossible_before_the_run_or_at_its_firs
             callback_on_step_end=lambda _, i, *__: called.append(i),
         )
     assert called == []
+
+
+# --- equality -----------------------------------------------------------------------------------------------------
+
+
+@pipes
+def test_requests_and_plans_that_hold_tensors_are_equal_to_themselves_alone(kind: str) -> None:
+    pipe = PIPES[kind]()
+    request = pipe.request(**arguments(kind, guidance_scale=torch.ones(1)))
+    other = replace(request)
+    plan = pipe.plan(request)
+    for same, unlike in ((request, other), (plan, pipe.plan(other)), (plan.grid, pipe.plan(other).grid)):
+        assert same == same
+        assert same != unlike
+        assert {same: 1, unlike: 2}[same] == 1
+
+
+# --- many pictures ------------------------------------------------------------------------------------------------
+
+MANY = {
+    "pictures": {"num_images_per_prompt": 100_000},
+    "prompts": {"prompt": ["a"] * 100_000},
+    "product": {"prompt": ["a"] * 1000, "num_images_per_prompt": 2},
+    "embeds": {"prompt": None, "prompt_embeds": torch.zeros(1001, 77, 1)},
+}
+
+
+@pipes
+@pytest.mark.parametrize("what", MANY)
+def test_a_call_makes_at_most_1000_pictures(what: str, kind: str) -> None:
+    with pytest.raises(InputError, match="prompts: expected 1 to 1000 pictures in all"):
+        PIPES[kind]().request(**arguments(kind, **MANY[what]))
+
+
+@pytest.mark.parametrize("image", [[torch.zeros(3, 8, 8)] * 100_000, torch.zeros(1001, 4, 8, 8)], ids=["list", "batch"])
+def test_a_call_takes_at_most_1000_pictures(image: Any) -> None:
+    with pytest.raises(InputError, match="expected at most 1000 pictures at once, found "):
+        pairs.refiner()(**arguments("refiner", image=image))

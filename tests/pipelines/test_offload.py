@@ -1,5 +1,6 @@
 """Networks that come when they work: moved to a device, or read from their file; the same run, one set at a time."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sdxl_ref import EnsemblePipeline, ImageToImagePipeline, TextToImagePipeline
 from sdxl_ref.config import InputError
 from sdxl_ref.weights.offload import Offload
+from sdxl_ref.weights.opening import open_checkpoint
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 INNER = "middle_block.1.transformer_blocks.0.attn2"  # a module of the UNet under its official name
@@ -126,6 +128,27 @@ def test_parts_that_both_pipelines_share_are_kept_once(tiny_base_file: Path, tin
     pipe.refiner.text_encoder_2 = pipe.base.text_encoder_2
     pipe.enable_model_cpu_offload("cpu")
     assert [len(network._forward_pre_hooks) for network in networks(pipe).values()] == [1] * 5
+
+
+def test_calls_of_several_threads_take_turns(low_memory: EnsemblePipeline) -> None:
+    """Each has the picture that it has alone, though one's network would drop the other's weights."""
+    arguments = {"num_inference_steps": 2, "switch_step": 1}
+    alone = [paint(low_memory, generator=seeded(i), **arguments) for i in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda i: paint(low_memory, generator=seeded(i), **arguments), range(4))
+        assert all(map(torch.equal, found, alone))
+
+
+def test_a_turn_ends_where_a_network_cannot_be_read(tiny_refiner_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(tiny_refiner_file.read_bytes())
+    offload = Offload("cpu")
+    network = offload.read(open_checkpoint(file), "text_encoder_2", torch.float32)
+    file.touch()
+    with pytest.raises(InputError, match="has changed since it was opened"):
+        network(torch.zeros(1, 77, dtype=torch.int64))
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(lambda: offload.turn.acquire(timeout=1)).result()
 
 
 # --- networks stay what they are ----------------------------------------------------------------------------------

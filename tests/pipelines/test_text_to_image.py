@@ -91,7 +91,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "score on the base": ({"aesthetic_score": 6.0}, "aesthetic_score is of no use to an SDXL base"),
     "height": ({"height": 60}, "height must be a multiple of 8, from 8 to 16384, found 60"),
     "endless": ({"height": 10**12}, "height must be a multiple of 8, from 8 to 16384, found 1000000000000"),
-    "pictures": ({"num_images_per_prompt": 1001}, "num_images_per_prompt must be from 1 to 1000, found 1001"),
+    "pictures": (
+        {"num_images_per_prompt": 1001},
+        "num_images_per_prompt 1001 for 1 prompts: expected 1 to 1000 pictures in all",
+    ),
     "width": ({"width": 0}, "width must be a multiple of 8, from 8 to 16384, found 0"),
     "latents": ({"latents": torch.zeros(1, 3, 8, 8)}, r"expected latents \(1,4,h,w\), found \(1, 3, 8, 8\)"),
     "latents of another size": ({"latents": torch.zeros(1, 4, 9, 8)}, r"for this height and width"),

@@ -15,8 +15,8 @@ from torch import Tensor
 from sdxl_ref.diffusion.schedule import NoiseSchedule
 from sdxl_ref.diffusion.tiles import Tile
 from sdxl_ref.pipelines import tiling
-from sdxl_ref.pipelines.image_to_image import ImageToImageRequest
 from sdxl_ref.pipelines.pipeline import sample
+from sdxl_ref.pipelines.request import Request
 from sdxl_ref.pipelines.text_to_image import TextToImageRequest
 from sdxl_ref.text.conditioning import Numbers
 
@@ -33,7 +33,7 @@ def _for_inference() -> Iterator[None]:
 def pipe_and_request(kind: str, **options: Any) -> tuple[Any, Any]:
     if kind == "base":
         return pairs.base(), TextToImageRequest(prompt=["a cup", "a door"], num_inference_steps=3, **options)
-    return pairs.refiner(), ImageToImageRequest(prompt=["a cup", "a door"], num_inference_steps=3, **options)
+    return pairs.refiner(), Request(prompt=["a cup", "a door"], num_inference_steps=3, **options)
 
 
 def run(denoise: Any, request: Any, x: Tensor) -> Tensor:

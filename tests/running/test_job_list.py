@@ -1,5 +1,6 @@
 """The list of a batch: every form, and every line that is wrong, by its number."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,18 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
 def test_no_list(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"could not read the job list .*: No such file"):
         list(read(tmp_path / "jobs.jsonl"))
+
+
+def test_a_bad_line_is_told_in_one_printable_line(tmp_path: Path) -> None:
+    [bad] = written(tmp_path, "jobs.jsonl", b'["' + "\u2028\x9b".encode() + b'"]')
+    assert bad.error.isprintable()
+    _, bad = written(tmp_path, "jobs.tsv", b'a\tb\nx\ty\n"c"d\te\n')
+    assert bad.error.isprintable()
+
+
+def test_a_line_of_many_names_is_read_at_once(tmp_path: Path) -> None:
+    names = ", ".join(f'"n{i}": 1' for i in range(100_000))
+    began = time.perf_counter()
+    [line] = written(tmp_path, "jobs.jsonl", f"{{{names}}}".encode())
+    assert len(line.options) == 100_000
+    assert time.perf_counter() - began < 5

@@ -18,7 +18,7 @@ import pytest
 import torch
 from peers import clip_tokenizer
 
-from sdxl_ref.text.tokenizer import END, START, byte_letters, decode, encode, merges, tokenize
+from sdxl_ref.text.tokenizer import BYTES, END, LETTERS, START, decode, encode, merges, tokenize
 
 SCRIPTS = {  # first and last code point
     "ascii": (0x20, 0x7E),
@@ -219,13 +219,12 @@ def test_one_prompt_or_several() -> None:
 
 def test_the_vocabulary_is_open_clips(peer: Any) -> None:
     assert list(merges()) == list(peer.bpe_ranks)
-    assert list(byte_letters().items()) == list(peer.byte_encoder.items())
+    assert list(zip(BYTES, LETTERS, strict=True)) == list(peer.byte_encoder.items())
 
 
 def test_each_token_is_made_by_one_pair_and_learned_after_its_parts() -> None:
     """What the order of the heap rests on."""
-    letters = byte_letters().values()
-    known = {*letters, *(letter + "</w>" for letter in letters)}
+    known = {*LETTERS, *(letter + "</w>" for letter in LETTERS)}
     for left, right in merges():
         assert {left, right} <= known
         assert left + right not in known

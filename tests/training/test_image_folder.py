@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,19 @@ def test_a_picture_that_is_named_through_a_link_is_used(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [*LINES, {"file_name": "link.png", "text": "again"}])
     (folder / "link.png").symlink_to("square.png")
     assert read_folder(folder).notes == []
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("captions", ["lines", "files"])
+def test_a_folder_of_10000_pictures_is_read_in_seconds(captions: str, tmp_path: Path) -> None:
+    """2 to 4 s on two cores that others use too; a pair of loops over all would take minutes."""
+    for i in range(10_000):
+        (tmp_path / f"{i}.png").touch()
+        if captions == "files":
+            (tmp_path / f"{i}.txt").write_text("a cup")
+    if captions == "lines":
+        lines = [json.dumps({"file_name": f"{i}.png", "text": "a cup"}) for i in range(10_000)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    began = time.perf_counter()
+    assert len(read_folder(tmp_path).examples) == 10_000
+    assert time.perf_counter() - began < 20

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import sample
 from safetensors.torch import load_file
 from training_data import CONFIGS
-from training_runs import command, save_model
+from training_runs import command, save_model, start
 
 from sdxl_ref.adapters import lora
 from sdxl_ref.cli import main
@@ -124,3 +125,17 @@ def test_the_result_never_replaces_the_checkpoint(
     assert "finetuned.safetensors: it is read: choose another place" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert not (tmp_path / STATE).exists()
+
+
+@pytest.mark.parametrize("how", sample(["lora", "full"], "lora"))
+def test_equal_runs_leave_equal_bytes(how: str, refiner_file: Path, pictures: Path, tmp_path: Path) -> None:
+    """In processes of their own: safetensors writes metadata in an order that is each process's own."""
+    options = ["--steps", "2", *(["--full"] if how == "full" else ["--rank", "2"])]
+    outs = [tmp_path / "0", tmp_path / "1"]
+    processes = [start(command(refiner_file, pictures, out, *options), out.with_suffix(".txt")) for out in outs]
+    for process, out in zip(processes, outs, strict=True):
+        process.join(timeout=300)
+        assert process.exitcode == 0, out.with_suffix(".txt").read_text()
+    first, second = ({path.name: path.read_bytes() for path in out.glob("*.safetensors")} for out in outs)
+    assert set(results.ADAPTERS.values() if how == "lora" else [results.CHECKPOINT]) <= set(first)
+    assert first == second

@@ -1,5 +1,6 @@
 """Files and folders are replaced whole: errors, kills at every moment, links, rights, and what is left behind."""
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -18,6 +19,7 @@ import pytest
 import torch
 from killing import killed_before
 from PIL import Image
+from safetensors import safe_open
 
 from sdxl_ref.config import InputError
 from sdxl_ref.weights import folder_saving, leftovers, saving
@@ -364,3 +366,16 @@ def test_any_name_of_a_machine_is_told_apart(host: str, monkeypatch: pytest.Monk
     assert fields["process"] == "123"
     assert fields["machine"] == there["MACHINE"] != saving.MACHINE
     assert len(os.fsencode(name)) <= 255
+
+
+def test_metadata_are_in_order_and_the_tensors_as_they_were(tmp_path: Path) -> None:
+    texts = {name: f'"{name}" \u2028 é \x01\x7f\\ / 🙂' for name in ("c", "b", "é", "a")}
+    state = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(3, dtype=torch.bfloat16)}
+    write_tensors(tmp_path / "a.safetensors", state, texts)
+    data = (tmp_path / "a.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(header["__metadata__"].items()) == sorted(texts.items())
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == texts
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in state.items())
+    write_tensors(tmp_path / "b.safetensors", state, {})
