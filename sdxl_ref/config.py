@@ -18,12 +18,12 @@ CONTROLS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], " ")  #
 class InputError(ValueError):
     """Bad input from the user: the message says what was expected, what was found and what to do.
 
-    It is one line of at most 600 characters, whatever it quotes.
+    It is one line of at most 1500 characters, whatever it quotes.
     """
 
     def __str__(self) -> str:
         text = super().__str__().translate(CONTROLS)
-        return text if len(text) <= 600 else f"{text[:397]} … {text[-200:]}"
+        return text if len(text) <= 1500 else f"{text[:1297]} … {text[-200:]}"
 
 
 def nearest(word: object, words: Iterable[str]) -> str:

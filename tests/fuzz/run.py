@@ -39,7 +39,7 @@ HARD_LIMIT = 60  # and where Python itself does not get its turn
 ADDRESS_SPACE = 6 << 30  # bytes beyond what the process has when it begins
 GREEDY = 1 << 20  # KiB: so much more memory than ever before is too much for one small input
 ROUND = 200  # inputs from one seed
-LONGEST = 600  # characters of a message
+LONGEST = 1500  # characters of a message: the longest that is meant has a command to paste, of 600
 
 
 class TooSlow(BaseException):
