@@ -82,7 +82,7 @@ def not_whole(path: Path, error: Exception) -> str:
     """The message for a file of which nothing else is known: often one whose download was cut off."""
     whole = length_of_whole(path)
     size = os.path.getsize(path)
-    message = f"expected a whole safetensors file, could not read {path}: {error if size else 'it is empty'}"
+    message = f"expected a whole safetensors file, could not read {path}: {str(error)[:200] if size else 'it is empty'}"
     if whole > size:
         return f"{message}: it has {size} of {whole} bytes: download it again"
     return f"{message}: download it again"

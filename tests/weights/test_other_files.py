@@ -194,3 +194,13 @@ def test_only_what_is_wrong_is_looked_into() -> None:
     unusual = {"other_files", "unusual", "strangers", "folder", "names", "separate_vae", "identify", "fitting"}
     assert {f"sdxl_ref.weights.{name}" for name in ("opening", "checkpoint", "tensor_files")} <= own
     assert own & {f"sdxl_ref.weights.{name}" for name in unusual} == set()
+
+
+def test_what_safetensors_quotes_of_a_header_is_cut(tmp_path: Path) -> None:
+    """Found by `make fuzz`."""
+    header = json.dumps("x" * 5000).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match=r"invalid type: string .xxx") as caught:
+        read_headers(path)
+    assert len(str(caught.value)) < 400 + len(str(path))
