@@ -110,7 +110,7 @@ def test_a_signal_at_any_moment(of: str, name: str, inputs: dict[str, Words], tm
         time.sleep(took * (moment + 0.5) / MOMENTS)
         os.kill(child, getattr(signal, name))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in ((0, 1) if name == "SIGINT" else (0, -getattr(signal, name)))
+        assert status in (0, 1, -getattr(signal, name))  # training ends its step and saves
         ended += status != 0
         if not of.startswith("train"):
             assert {key: data for key, data in contents(here).items() if ".sdxl-ref-" not in key} == expected
