@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from batches import Lines, finished, hashes, jobs_of, prompts, write
+from cases import diagonal
 from command_line import Refine, assert_one_line, pixels, process, settings
 from killing import killed_before
 from PIL import Image
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from sdxl_ref.cli import main, parser
 from sdxl_ref.commands.batch import NEVER_SHARED
 from sdxl_ref.commands.jobs import Jobs
+from sdxl_ref.networks.packing import why_not_here
 from sdxl_ref.running.record import Record
 from sdxl_ref.weights.checkpoint import Checkpoint
 
@@ -133,15 +135,35 @@ def test_adapters_come_and_go(base: list[str], loads: Counter[str]) -> None:
 # --- the same bits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [["--plain"], []], ids=["plain", "packed"])
-def test_a_picture_does_not_depend_on_its_neighbours(options: list[str], base: list[str]) -> None:
+@pytest.mark.parametrize(("way", "dtype"), diagonal(["plain", "packed"], ["float32", "bfloat16"]))
+def test_a_picture_does_not_depend_on_its_neighbours(way: str, dtype: str, base: list[str]) -> None:
+    if way == "packed" and why_not_here({getattr(torch, dtype)}):
+        pytest.skip(f"packing was not tried: {why_not_here({getattr(torch, dtype)})}")
+    words = [*base, "--dtype", dtype, "--vae-dtype", dtype, *["--plain"] * (way == "plain")]
     jobs = write(prompts(6))
     for size in (1, 2, 3, 8):
-        assert main(["batch", jobs, "--out", f"by-{size}", "--batch-size", str(size), *base, *options]) == 0
-    assert main(["batch", write(prompts(6)[::-1], "reversed.jsonl"), "--out", "reversed", *base, *options]) == 0
+        assert main(["batch", jobs, "--out", f"by-{size}", "--batch-size", str(size), *words]) == 0
+    assert main(["batch", write(prompts(6)[::-1], "reversed.jsonl"), "--out", "reversed", *words]) == 0
     assert len(hashes("by-1")) == 6
     for folder in ("by-2", "by-3", "by-8", "reversed"):
         assert hashes(folder) == hashes("by-1")
+
+
+@pytest.mark.sweep
+def test_what_it_costs(here: Path) -> None:
+    """Four jobs of the pocket pair together, each evaluated by itself, over one evaluation for all: in turns."""
+    seconds: dict[str, list[float]] = {"apart": [], "together": []}
+    jobs = write(prompts(4))
+    shared = ["--base", "pocket", "--steps", "10", "--batch-size", "4", "--threads", "2"]
+    for turn in range(6):
+        for way in seconds if turn % 2 else reversed(seconds):
+            option = "--batch-invariant" if way == "apart" else "--no-batch-invariant"
+            began = time.perf_counter()
+            assert main(["batch", jobs, "--out", f"{way}-{turn}", option, *shared]) == 0
+            seconds[way] += [time.perf_counter() - began] if turn else []
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    print(f"apart over together: {ratio:.2f} of {statistics.median(seconds['together']):.1f} s")
+    assert ratio <= 1.3
 
 
 def test_without_it_neighbours_share_an_evaluation(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,15 +56,16 @@ def undisturbed(lines: list[dict[str, Any]], base: list[str]) -> dict[str, str]:
     return hashes("whole")
 
 
-def test_two_ranks_share_the_jobs(base: list[str]) -> None:
+@pytest.mark.parametrize("jobs", sample([24, 200], 24))
+def test_two_ranks_share_the_jobs(jobs: int, base: list[str]) -> None:
     """One of them is killed half way, and torchrun begins again: every job once, to the bits of one process."""
-    expected = undisturbed(prompts(24), base)
+    expected = undisturbed(prompts(jobs), base)
     running = torchrun(2, ["batch", "jobs.jsonl", "--out", "out", *base], "--max-restarts=2")
-    wait_for(running, 8)
+    wait_for(running, jobs // 3)
     os.kill(children(running.pid)[1], signal.SIGKILL)
-    output, error = running.communicate(timeout=240)
+    output, error = running.communicate(timeout=600)
     assert running.returncode == 0, error
-    assert "wrote 24 of 24 jobs to out" in output
+    assert f"wrote {jobs} of {jobs} jobs to out" in output
     assert hashes() == expected
     assert set(jobs_of().values()) == {1}
     assert {path.name for path in Path("out").glob("record*")} >= {"record-rank-0.jsonl", "record-rank-1.jsonl"}
