@@ -149,23 +149,6 @@ def test_a_picture_does_not_depend_on_its_neighbours(way: str, dtype: str, base:
         assert hashes(folder) == hashes("by-1")
 
 
-@pytest.mark.sweep
-def test_what_it_costs(here: Path) -> None:
-    """Four jobs of the pocket pair together, each evaluated by itself, over one evaluation for all: in turns."""
-    seconds: dict[str, list[float]] = {"apart": [], "together": []}
-    jobs = write(prompts(4))
-    shared = ["--base", "pocket", "--steps", "10", "--batch-size", "4", "--threads", "2"]
-    for turn in range(6):
-        for way in seconds if turn % 2 else reversed(seconds):
-            option = "--batch-invariant" if way == "apart" else "--no-batch-invariant"
-            began = time.perf_counter()
-            assert main(["batch", jobs, "--out", f"{way}-{turn}", option, *shared]) == 0
-            seconds[way] += [time.perf_counter() - began] if turn else []
-    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-    print(f"apart over together: {ratio:.2f} of {statistics.median(seconds['together']):.1f} s")
-    assert ratio <= 1.3
-
-
 def test_without_it_neighbours_share_an_evaluation(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from sdxl_ref.networks.unet import UNet
 
