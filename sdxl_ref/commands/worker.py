@@ -77,9 +77,8 @@ class Planned(NamedTuple):
 class Worker:
     """Paints jobs into a folder and notes them in a record of its own, which `name` tells from those of others.
 
-    None is a name that nobody else has.
-
-    InputError where the record is of a batch with other settings, or the device is not to be had.
+    None is a name that nobody else has. InputError where the record is of a batch with other settings, or where the
+    device is not to be had.
     """
 
     def __init__(self, settings: Settings, name: str | None = "") -> None:
@@ -127,6 +126,7 @@ class Worker:
         """InputError for what cannot be run."""
         of = COMMANDS[a.command]
         of.check(a)
+        common.check_writable(a.save_latents, read=of.sources(a))
         checkpoints = self.keep("files", values(a, MODELS), lambda: of.opened(a))
         with readable(a) as with_picture:
             run = of.planned(a, of.inputs_of(with_picture, checkpoints), self.device)
@@ -142,8 +142,8 @@ class Worker:
             if not isinstance(error, InputError | MemoryError) and not SIGNS.search(str(error)):
                 raise
             if len(planned) > 1:
-                for one in planned:
-                    yield from self.paint([one])
+                for one in planned:  # planned anew: its generator has drawn
+                    yield from self.paint([self.plan(one.job, one.arguments)])
                 return
             yield self.fail(planned[0].job, str(error) if isinstance(error, InputError) else NO_MEMORY)
             return

@@ -36,10 +36,11 @@ def mask_of(_pipe: Any, request: Any, image: Tensor, clean: Tensor) -> Mask:
         )
     if len(clean) % len(pixels) or len(pixels) > len(image):
         raise InputError(f"expected one mask, or one for each of {len(image)} pictures, found {len(pixels)}")
-    if not (pixels > 0).any():
-        raise InputError("the mask is black everywhere, so that nothing would be painted: paint white where it should")
-    if (pixels > 0).all():
-        raise InputError("the mask leaves nothing as it is: leave mask_image out, or paint black what is to stay")
+    is_painted = (pixels > 0).flatten(1)  # (m,H*W)
+    if not is_painted.any(1).all():
+        raise InputError("a mask is black everywhere, so that nothing would be painted: paint white where it should")
+    if is_painted.all(1).any():
+        raise InputError("a mask leaves nothing as it is: leave mask_image out, or paint black what is to stay")
     pixels = pixels.repeat_interleave(len(clean) // len(pixels), 0)  # (m,1,H,W) -> (b,1,H,W)
     pictures = image.repeat_interleave(len(clean) // len(image), 0)  # (n,3,H,W) -> (b,3,H,W)
 

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from batches import Lines, finished, hashes, jobs_of, prompts, write
@@ -261,6 +262,39 @@ def test_a_bad_line_stops_nothing(base: list[str], refine: Refine, capsys: Captu
     page = Path("out/index.html").read_text()
     assert "Not done: 13" in page
     assert "stepz" in page
+
+
+def test_a_job_that_fails_among_others(refine: Refine, here: Path) -> None:
+    """It shows only when they are denoised: the others come out as without it."""
+    half = np.zeros((64, 64), dtype=np.uint8)
+    half[:, :32] = 255
+    Image.fromarray(half).save("half.png")
+    Image.fromarray(np.zeros_like(half)).save("black.png")
+    shared = [
+        "--checkpoint",
+        str(refine.options["checkpoint"]),
+        "--steps",
+        "4",
+        "--strength",
+        "0.5",
+        "--batch-size",
+        "3",
+    ]
+    lines: Lines = [{"image": refine.image, "prompt": f"cat {i}", "seed": i, "mask": "half.png"} for i in range(3)]
+    assert main(["batch", write(lines), "--out", "whole", "--threads", "1", *shared]) == 0
+    lines[1]["mask"] = "black.png"
+    assert main(["batch", write(lines), "--out", "out", "--threads", "1", *shared]) == 2
+    assert len(hashes()) == 2
+    assert hashes().items() <= hashes("whole").items()
+
+
+def test_latents_where_they_cannot_be_written(base: list[str], capsys: Capture) -> None:
+    lines: Lines = [{"prompt": "a barn", "save_latents": "nowhere/a.safetensors"}, {"prompt": "a cup"}]
+    lines[1]["save_latents"] = "cup.safetensors"
+    assert main(["batch", write(lines), "--out", "out", *base]) == 2
+    assert "line 1: cannot write nowhere/a.safetensors" in capsys.readouterr().err
+    assert len(hashes()) == 1
+    assert Path("cup.safetensors").exists()
 
 
 @pytest.mark.parametrize(

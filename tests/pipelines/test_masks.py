@@ -144,6 +144,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"image": torch.zeros(1, 4, 12, 16), "strength": None, "denoising_start": 0.5},
         "a mask wants the picture without noise",
     ),
+    "an empty one of two": (
+        {
+            "image": [pairs.picture()] * 2,
+            "mask_image": [mask(), Image.new("L", (128, 96))],
+            "generator": pairs.seeds(1, 2),
+        },
+        "black everywhere",
+    ),
     "two for one": ({"mask_image": [mask(), mask()]}, "expected one mask, or one for each of 1 pictures, found 2"),
 }
 
