@@ -1,6 +1,7 @@
 """Shared fixtures, and a count that the refiner's parity tests really ran."""
 
 import gc
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     pairs.PACKED = config.getoption("--packed")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # or no process of a test could be interrupted
 
 
 def pytest_collection_finish() -> None:

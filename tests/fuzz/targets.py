@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save, save_file
 from sdxl_ref.adapters import lora
 from sdxl_ref.adapters.peft_settings import CONFIG_FILE, HEADER_KEY
 from sdxl_ref.adapters.report import describe_any
-from sdxl_ref.commands.job_options import Options, name_of
+from sdxl_ref.commands.job_options import Options, arguments_of, digest_of, name_of
 from sdxl_ref.config import InputError
 from sdxl_ref.parity.sketch import sketch
 from sdxl_ref.parity.trace import Key, Trace
@@ -360,7 +360,7 @@ class JobLists:
         self.inputs = st.tuples(st.just("jobs.jsonl"), objects) | st.tuples(
             st.sampled_from(["jobs.csv", "jobs.tsv"]), tables
         )
-        self.commands = {name: Options(name) for name in ("refine", "generate")}
+        self.commands = {name: Options(name, {}) for name in ("refine", "generate")}
 
     def run(self, value: tuple[str, bytes], folder: Path) -> None:
         name, content = value
@@ -373,8 +373,8 @@ class JobLists:
                 refused.append(InputError(line.error))
                 continue
             try:
-                command = self.commands["refine" if "image" in line.options else "generate"]
-                assert len(name_of(command.arguments({}, line.options))) == 16
+                arguments = arguments_of(self.commands, [line.options])
+                assert len(name_of(digest_of(arguments), arguments)) == 16
             except InputError as error:
                 refused.append(error)
         if refused:
