@@ -49,7 +49,7 @@ OPTIONAL = {
     "ray.data",
     "scipy",
     "scipy.stats",
-    "webdataset",
+    "webdataset.tariterators",
 }  # heavy, or not everywhere
 REGISTRIES = {  # the modules that import what was asked for, and what that can be
     "weights.opening": {  # kinds of checkpoint

@@ -37,7 +37,9 @@ class Jobs:
                     job, order = self.read(line, over)
                 except InputError as error:
                     self.errors.append((line.number, str(error)))
-                    break
+                    if line.error:
+                        break
+                    continue
                 if job.name in names:
                     self.twins += 1
                     continue

@@ -170,16 +170,24 @@ class Worker:
         make_faster = common.faster(a, self.device)
         pipe, identities = COMMANDS[a.command].load(a, planned.run, self.device)
         pipe.set_progress_bar_config(disable=True)
+        embeddings = common.load_embeddings(pipe, a.embedding)
         names = [name for name in (getattr(a, "checkpoint", None), a.base, a.refiner) if name is not None]
-        digests = {name: one["checkpoint"]["sha256"] for name, one in zip(names, identities, strict=True)}
+        kinds = [model.config.kind for model in pipe.models()]  # "pocket" is two files
+        roles = [f"{kind} {name}" for kind, name in zip(kinds, names, strict=True)]
+        digests = {role: one["checkpoint"]["sha256"] for role, one in zip(roles, identities, strict=True)}
+        if a.vae is not None:
+            digests[f"VAE {a.vae}"] = identities[0]["checkpoint"]["vae"]
+        digests |= dict(zip(a.embedding, embeddings.get("embeddings_sha256", []), strict=True))
         self.record.check_weights(digests)
-        return Opened(pipe, identities, common.load_embeddings(pipe, a.embedding) | make_faster(pipe))
+        return Opened(pipe, identities, embeddings | make_faster(pipe))
 
     def put_on(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
         """Put adapters on in place of those of the job before."""
         pipe.unload_lora_weights()
         settings = common.put_on(pipe, texts)
-        self.record.check_weights(dict(zip(texts, settings["lora_sha256"], strict=True)))
+        if texts:
+            files = [str(common.adapter_options().path_and_scale(text)[0]) for text in texts]
+            self.record.check_weights(dict(zip(files, settings["lora_sha256"], strict=True)))
         return settings
 
     def save(self, planned: Planned, pictures: Sequence[Any], latents: Tensor, settings: Mapping[str, Any]) -> None:
@@ -206,7 +214,7 @@ class Worker:
 @contextmanager
 def readable(a: argparse.Namespace) -> Iterator[argparse.Namespace]:
     """The arguments of a job for as long as its picture is read: one in a tar is taken out."""
-    if ".tar/" not in str(getattr(a, "image", "")):
+    if ".tar/" not in str(getattr(a, "image", "")).lower():
         yield a
         return
     from sdxl_ref.running.tar_shards import taken_out

@@ -25,11 +25,13 @@ def samples(path: Path) -> Iterator[dict[str, Any]]:
     InputError where webdataset is not installed, or for a file that is no such tar.
     """
     try:
-        import webdataset
+        from webdataset.tariterators import group_by_keys, tar_file_iterator
     except ImportError as error:
         raise InputError(INSTALL) from error
     try:
-        yield from webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False, nodesplitter=None)
+        with path.open("rb") as stream:  # webdataset itself would take a name apart: it may hold a command
+            files = ({**file, "__url__": str(path)} for file in tar_file_iterator(stream))
+            yield from group_by_keys(files, lcase=False)
     except (OSError, ValueError, tarfile.TarError) as error:
         raise InputError(f"could not read {path} as a tar of jobs: {error}") from error
 
@@ -44,7 +46,7 @@ def picture_of(path: Path, sample: dict[str, Any]) -> str | None:
 def taken_out(image: str) -> Iterator[str]:
     """The path of a picture for as long as it is read: of one in a tar that of a copy."""
     for tar in Path(image).parents:
-        if tar.suffix == SUFFIX and tar.is_file():
+        if tar.suffix.lower() == SUFFIX and tar.is_file():
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder) / Path(image).name
                 copy.write_bytes(member(tar, str(Path(image).relative_to(tar))))

@@ -114,6 +114,19 @@ def test_a_table_says_the_same(base: list[str]) -> None:
     assert set(jobs_of().values()) == {1}
 
 
+def test_the_pocket_pair_is_two_files(here: Path) -> None:
+    lines: Lines = [{"prompt": "a red circle"}, {"prompt": "a red circle", "refiner": "pocket"}]
+    assert main(["batch", write(lines), "--out", "out", "--base", "pocket", "--steps", "4", "--threads", "1"]) == 0
+    assert len(hashes()) == 2
+
+
+def test_a_bad_value_of_a_product_drops_no_other(base: list[str], capsys: Capture) -> None:
+    words = ["batch", write(prompts(1)), "--out", "out", *base, "--over", "seed=1,x,3"]
+    assert main(words) == 2
+    assert "line 1: seed: invalid" in capsys.readouterr().err
+    assert len(hashes()) == 2
+
+
 def test_adapters_come_and_go(base: list[str], loads: Counter[str]) -> None:
     """Those of the line in addition to those of all lines; without any a picture is as it was before."""
     for name, size in (("a", 0.5), ("b", 1.0)):

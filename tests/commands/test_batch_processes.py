@@ -143,19 +143,32 @@ def test_a_tar_of_jobs(refine: Refine, here: Path) -> None:
     picture = io.BytesIO()
     Image.open(refine.image).save(picture, "PNG")
     with webdataset.TarWriter("jobs.tar") as tar:
-        tar.write({"__key__": "one", "png": picture.getvalue(), "txt": b"a cat\n", "json": b'{"seed": 4}'})
+        tar.write({"__key__": "one", "PNG": picture.getvalue(), "txt": b"a cat\n", "json": b'{"seed": 4}'})
         tar.write({"__key__": "two", "png": picture.getvalue(), "json": b'{"prompt": "a dog", "strength": 0.5}'})
         tar.write({"__key__": "bad", "png": picture.getvalue(), "json": b'{"prompt": '})
     shared = ["--checkpoint", str(refine.options["checkpoint"]), "--steps", "4", "--plain"]
     assert main(["batch", "jobs.tar", "--out", "out", "--threads", "1", *shared]) == 2
     found = {(s["prompt"], s["seed"], s["strength"], s["image"]) for s in map(settings, Path("out").glob("*.png"))}
-    assert found == {("a cat", 4, 0.3, "one.png"), ("a dog", 0, 0.5, "two.png")}
+    assert found == {("a cat", 4, 0.3, "one.PNG"), ("a dog", 0, 0.5, "two.png")}
     with tarfile.open("jobs.tar") as tar_file:
-        tar_file.extract("one.png", filter="data")
-    assert refine("one.png", prompt="a cat", seed=4, steps=4, strength=0.3, plain=True, out="one-refined.png") == 0
+        tar_file.extract("one.PNG", filter="data")
+    assert refine("one.PNG", prompt="a cat", seed=4, steps=4, strength=0.3, plain=True, out="one-refined.png") == 0
     [path] = [path for path in Path("out").glob("*.png") if settings(path)["prompt"] == "a cat"]
     assert settings(path)["image_sha256"] == settings(Path("one-refined.png"))["image_sha256"]
     assert Image.open(path).tobytes() == Image.open("one-refined.png").tobytes()
+
+
+def test_the_name_of_a_tar_is_no_command(refine: Refine, here: Path) -> None:
+    """webdataset gives what follows `pipe:` in a name to a shell."""
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is an extra: a tar was not tried")
+    with webdataset.TarWriter("jobs.tar") as tar:
+        tar.write({"__key__": "one", "png": Path(refine.image).read_bytes(), "txt": b"a cat"})
+    name = "pipe:touch ran; cat jobs.tar; true .tar"
+    Path("jobs.tar").rename(name)
+    shared = ["--checkpoint", str(refine.options["checkpoint"]), "--steps", "4", "--plain"]
+    assert main(["batch", name, "--out", "out", *shared]) == 0
+    assert len(hashes()) == 1
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(
