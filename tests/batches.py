@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,3 +34,10 @@ def finished(folder: str = "out") -> Lines:
 def jobs_of(folder: str = "out") -> Counter[str]:
     """How often the records say of each job that it was finished."""
     return Counter(entry["job"] for entry in finished(folder))
+
+
+def wait_for(running: subprocess.Popen[str], jobs: int) -> None:
+    """Until so many pictures are there."""
+    while len(hashes()) < jobs:
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)

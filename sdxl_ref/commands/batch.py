@@ -120,8 +120,9 @@ def shard_of(a: argparse.Namespace) -> tuple[int, int]:
 
 def device_of(a: argparse.Namespace, ranks: Ranks | None) -> str:
     """Of several processes on a machine each has a GPU of its own."""
-    has_own = ranks is not None and a.device in ("auto", "cuda") and torch.cuda.is_available()
-    return f"cuda:{ranks.local_rank}" if ranks is not None and has_own else a.device
+    if ranks is not None and a.device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{ranks.local_rank}"
+    return str(a.device)
 
 
 def threads_of(a: argparse.Namespace, ranks: Ranks | None) -> int:

@@ -11,11 +11,11 @@ from typing import Any
 from sdxl_ref.commands import generate, refine
 from sdxl_ref.commands.axes import SWITCH, WITHOUT, words_of
 from sdxl_ref.config import InputError, nearest
+from sdxl_ref.pipelines.recording import PROMPTS
 
 OF_ALL = ("device", "compile", "plain", "low_memory")  # options that a batch has once, for all of its jobs
 RESULTS = ("out", "save_latents")
-OF_PICTURE = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")  # in a request too: what each picture has
-OWN = (*OF_PICTURE, "seed", "image", "mask")  # in which jobs differ that can be done together
+OWN = (*PROMPTS, "seed", "image", "mask")  # in which jobs differ that can be done together
 COMMANDS: dict[str, Any] = {"refine": refine, "generate": generate}
 
 

@@ -1,7 +1,7 @@
 """The jobs of a batch, from its list and the options that all of them share, in pieces that are done in one go."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -64,9 +64,8 @@ class Jobs:
 
     def pieces(self, size: int) -> list[list[Job]]:
         """At most so many jobs of one kind together; pieces of one model in a row. Equal lists have equal pieces."""
-        return list(self.chunks(size))
-
-    def chunks(self, size: int) -> Iterator[list[Job]]:
+        pieces = []
         for _, alike in groupby(sorted(self.entries, key=lambda entry: entry.order), lambda entry: entry.order):
-            while chunk := [entry.job for entry in islice(alike, size)]:
-                yield chunk
+            while piece := [entry.job for entry in islice(alike, size)]:
+                pieces.append(piece)
+        return pieces

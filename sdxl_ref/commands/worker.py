@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sdxl_ref.commands import common
-from sdxl_ref.commands.job_options import COMMANDS, OF_PICTURE, OWN, Options, arguments_of
+from sdxl_ref.commands.job_options import COMMANDS, OWN, Options, arguments_of
 from sdxl_ref.commands.memory import SIGNS
 from sdxl_ref.config import InputError
+from sdxl_ref.pipelines.recording import PROMPTS
 from sdxl_ref.pipelines.request import Request
 from sdxl_ref.running.record import Record
 
@@ -130,8 +131,8 @@ class Worker:
         checkpoints = self.keep("files", values(a, MODELS), lambda: of.opened(a))
         with readable(a) as with_picture:
             run = of.planned(a, of.inputs_of(with_picture, checkpoints), self.device)
-        own = {name: value for name, value in zip(run._fields, run, strict=True) if isinstance(value, Request)}
-        apart = {name: replace(request, batch_invariant=self.settings.batch_invariant) for name, request in own.items()}
+        is_apart = self.settings.batch_invariant
+        apart = {name: replace(request, batch_invariant=is_apart) for name, request in requests_of(run).items()}
         return Planned(job, a, run._replace(**apart))
 
     def paint(self, planned: Sequence[Planned]) -> Iterator[Outcome]:
@@ -241,14 +242,17 @@ def alike(planned: Sequence[Planned]) -> list[list[Planned]]:
 def kind_of(a: argparse.Namespace) -> Any:
     """What jobs that can be one run agree in, but for the size of a picture."""
     shared = values(a, [name for name in vars(a) if name not in (*OWN, "save_latents")])
-    return shared, tuple(getattr(a, name, None) is None for name in (*OF_PICTURE, "mask"))
+    return shared, tuple(getattr(a, name, None) is None for name in (*PROMPTS, "mask"))
 
 
 def together(runs: Sequence[Any]) -> Any:
     """Of several jobs of a command one: with the requests of all in one."""
-    first = runs[0]
-    requests = {name: value for name, value in zip(first._fields, first, strict=True) if isinstance(value, Request)}
-    return first._replace(**{name: joined([getattr(run, name) for run in runs]) for name in requests})
+    return runs[0]._replace(**{name: joined([getattr(run, name) for run in runs]) for name in requests_of(runs[0])})
+
+
+def requests_of(run: Any) -> dict[str, Request]:
+    """Those of a command's job, by the names of its fields: one, or one for each stage."""
+    return {name: value for name, value in zip(run._fields, run, strict=True) if isinstance(value, Request)}
 
 
 def joined(requests: Sequence[Request]) -> Request:
@@ -258,7 +262,7 @@ def joined(requests: Sequence[Request]) -> Request:
     own: dict[str, Any] = {}
     for field in fields(requests[0]):
         given = [getattr(request, field.name) for request in requests]
-        if field.name in ("image", "mask_image", "generator", *OF_PICTURE) and given[0] is not None:
+        if field.name in ("image", "mask_image", "generator", *PROMPTS) and given[0] is not None:
             counts = [request.prompts for request in requests]
             lists = [one if isinstance(one, list) else [one] * n for one, n in zip(given, counts, strict=True)]
             own[field.name] = [value for values in lists for value in values]

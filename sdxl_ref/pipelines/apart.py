@@ -14,10 +14,9 @@ from torch import Tensor
 from sdxl_ref.diffusion.schedule import Grid
 from sdxl_ref.diffusion.steps import Denoise
 from sdxl_ref.pipelines.pipeline import per_image
+from sdxl_ref.pipelines.recording import PROMPTS
 from sdxl_ref.pipelines.tiling import tiled_denoiser
 from sdxl_ref.text.conditioning import PromptEmbeds
-
-TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def one(text: PromptEmbeds, i: int) -> PromptEmbeds:
 def of_picture(r: Any, i: int, count: int) -> Any:
     """The request for picture number i of `count` alone. InputError for texts that do not go round."""
     own: dict[str, Any] = {"batch_invariant": False, "num_images_per_prompt": 1}
-    for name in TEXTS:
+    for name in PROMPTS:
         if getattr(r, name) is not None:
             own[name] = per_image(getattr(r, name), count)[i]
     for field in fields(r):

@@ -1,13 +1,17 @@
 """A photo, an empty folder to run in, and `refine` on a tiny checkpoint."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from command_line import Refine
 from PIL import Image
+
+from sdxl_ref.weights.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,3 +44,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def refine(photo: Path, tiny_refiner_file: Path) -> Refine:
     return Refine(photo, tiny_refiner_file)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file's UNet has been read."""
+    counts: Counter[str] = Counter()
+    load = Checkpoint.load
+
+    def counted(self: Checkpoint, part: str, *rest: Any) -> Any:
+        counts[self.path.name] += part == "unet"
+        return load(self, part, *rest)
+
+    monkeypatch.setattr(Checkpoint, "load", counted)
+    return counts

@@ -28,7 +28,6 @@ from sdxl_ref.commands.batch import NEVER_SHARED
 from sdxl_ref.commands.jobs import Jobs
 from sdxl_ref.networks.packing import why_not_here
 from sdxl_ref.running.record import Record
-from sdxl_ref.weights.checkpoint import Checkpoint
 
 Capture = pytest.CaptureFixture[str]
 
@@ -39,24 +38,10 @@ def base(tiny_base_file: Path, here: Path) -> list[str]:
     return ["--base", str(tiny_base_file), "--height", "64", "--width", "64", "--steps", "2", "--threads", "1"]
 
 
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file's UNet has been read."""
-    counts: Counter[str] = Counter()
-    load = Checkpoint.load
-
-    def counted(self: Checkpoint, part: str, *rest: Any) -> Any:
-        counts[self.path.name] += part == "unet"
-        return load(self, part, *rest)
-
-    monkeypatch.setattr(Checkpoint, "load", counted)
-    return counts
-
-
 # --- what is made -------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_what_its_command_makes(base: list[str], refine: Refine, loads: Counter[str], capsys: Capture) -> None:
+def test_a_job_is_what_its_command_makes(base: list[str], refine: Refine, reads: Counter[str], capsys: Capture) -> None:
     """Of both commands, with their options: pixels and settings, and the models are read once."""
     checkpoint = str(refine.options["checkpoint"])
     lines = [
@@ -70,7 +55,7 @@ def test_a_job_is_what_its_command_makes(base: list[str], refine: Refine, loads:
         line |= {"base": base[1], "height": 64, "width": 64}
     assert main(["batch", write(lines), "--out", "out", *shared]) == 0
     assert "wrote 4 of 4 jobs to out" in capsys.readouterr().out
-    assert loads == {Path(base[1]).name: 1, Path(checkpoint).name: 1}
+    assert reads == {Path(base[1]).name: 1, Path(checkpoint).name: 1}
     made = {entry["options"]["prompt"]: entry["pictures"] for entry in finished()}
     generate = ["generate", *base[:6], "--steps", "2", "--plain"]
     options = ["--seed", "3", "--guidance-scale", "2", "--karras", "--out", "barn.png"]
@@ -127,7 +112,7 @@ def test_a_bad_value_of_a_product_drops_no_other(base: list[str], capsys: Captur
     assert len(hashes()) == 2
 
 
-def test_adapters_come_and_go(base: list[str], loads: Counter[str]) -> None:
+def test_adapters_come_and_go(base: list[str], reads: Counter[str]) -> None:
     """Those of the line in addition to those of all lines; without any a picture is as it was before."""
     for name, size in (("a", 0.5), ("b", 1.0)):
         factors = {"down": torch.full((1, 64), size), "up": torch.ones(64, 1)}
@@ -139,7 +124,7 @@ def test_adapters_come_and_go(base: list[str], loads: Counter[str]) -> None:
     found = {(s["prompt"], *s["lora"]): path for path in Path().glob("*/*.png") for s in [settings(path)]}
     a, b = "a.safetensors:0.5", "b.safetensors"
     assert set(found) == {("a barn",), ("a cup",), ("a barn", a), ("a barn", b), ("a barn", b, a)}
-    assert loads == {Path(base[1]).name: 2}
+    assert reads == {Path(base[1]).name: 2}
     for (prompt, *lora), path in found.items():
         options = [word for file in lora for word in ("--lora", file)]
         assert main(["generate", "--prompt", prompt, *options, *base[:-2], "--out", "one.png"]) == 0

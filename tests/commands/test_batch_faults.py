@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from batches import hashes, jobs_of, prompts, write
+from batches import hashes, jobs_of, prompts, wait_for, write
 from command_line import assert_one_line
 
 from sdxl_ref.cli import main
@@ -32,12 +31,6 @@ def base(tiny_base_file: Path, here: Path) -> list[str]:
 def started(words: list[str], **options: Any) -> subprocess.Popen[str]:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "sdxl_ref", *words], **pipes, **options)
-
-
-def wait_for(running: subprocess.Popen[str], jobs: int) -> None:
-    while len(hashes()) < jobs:
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.01)
 
 
 def last_line(error: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batches import hashes, jobs_of, prompts, write
+from batches import hashes, jobs_of, prompts, wait_for, write
 from cases import sample
 from command_line import Refine, assert_one_line, settings
 from PIL import Image
@@ -41,13 +41,6 @@ def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return [int(word) for word in found.stdout.split()]
-
-
-def wait_for(running: subprocess.Popen[str], jobs: int) -> None:
-    """Until so many pictures are there."""
-    while len(hashes()) < jobs:
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.02)
 
 
 def undisturbed(lines: list[dict[str, Any]], base: list[str]) -> dict[str, str]:

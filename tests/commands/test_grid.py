@@ -29,20 +29,6 @@ def base(tiny_base_file: Path, here: Path) -> list[str]:
     return ["--base", str(tiny_base_file), "--height", "64", "--width", "64", "--steps", "2", "--prompt", "a cup"]
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file's UNet has been read."""
-    counts: Counter[str] = Counter()
-    load = Checkpoint.load
-
-    def counted(self: Checkpoint, part: str, *rest: Any) -> Any:
-        counts[self.path.name] += part == "unet"
-        return load(self, part, *rest)
-
-    monkeypatch.setattr(Checkpoint, "load", counted)
-    return counts
-
-
 def grid(refine: Refine, *over: str, **changes: Any) -> list[str]:
     """The words of a grid over what `refine` makes in 2 steps."""
     _, image, *options = refine.words(**{"steps": 2, "strength": 1.0} | changes)
